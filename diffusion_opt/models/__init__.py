@@ -1,0 +1,25 @@
+"""What we speed up: pipelines, the shipped checkpoints, one adapter for each transformer family."""
+
+from diffusion_opt.models.build import SIZES, TinyFlux2Config, build_pipeline
+from diffusion_opt.models.flux2 import Flux2Velocity, TokenCondition, position_ids, velocity_model
+from diffusion_opt.models.pipeline import ClassEmbedder, PixelShuffleVAE, TinyFlux2Pipeline
+from diffusion_opt.models.schedulers import FlowMatchAdamsBashforthScheduler
+from diffusion_opt.models.zoo import SHIPPED, ShippedModel, load, ship
+
+__all__ = [
+    "SHIPPED",
+    "SIZES",
+    "ClassEmbedder",
+    "FlowMatchAdamsBashforthScheduler",
+    "Flux2Velocity",
+    "PixelShuffleVAE",
+    "ShippedModel",
+    "TinyFlux2Config",
+    "TinyFlux2Pipeline",
+    "TokenCondition",
+    "build_pipeline",
+    "load",
+    "position_ids",
+    "ship",
+    "velocity_model",
+]

@@ -1,0 +1,126 @@
+"""`Flux2Transformer2DModel` as a velocity model on images.
+
+Everything particular to the FLUX.2 family lives here: how an image becomes tokens and back, the four-axis position
+ids (time, height, width, layer), and where the guidance embedding goes. FLUX.2 takes t in [0, 1] and predicts
+e - x, which is our convention, so neither times nor outputs are converted.
+
+An image (B, C, H, W) is encoded by the VAE, packed 2x2 and flattened, exactly as `Flux2KleinPipeline` packs:
+
+    (B, C, H, W) -> encode -> (B, c, h, w) -> pack -> (B, h w / 4, 4 c)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from diffusion_opt.flow import ClassCondition
+from diffusion_opt.models.pipeline import TinyFlux2Pipeline
+
+
+@dataclass(frozen=True)
+class TokenCondition:
+    """Text already encoded: `tokens` (B, L, D), and `null` (1, L, D), the tokens of the empty prompt."""
+
+    tokens: Float[Tensor, "b l d"]
+    null: Float[Tensor, "1 l d"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index) -> "TokenCondition":
+        return TokenCondition(self.tokens[index], self.null)
+
+    def drop(self, mask: Bool[Tensor, " b"] | None = None) -> "TokenCondition":
+        null = self.null.expand_as(self.tokens)
+        return TokenCondition(null if mask is None else torch.where(mask[:, None, None], null, self.tokens), self.null)
+
+
+def position_ids(height: int, width: int, device: torch.device) -> Float[Tensor, "hw 4"]:
+    """FLUX.2 ids (time, row, column, layer) of a height x width grid of tokens."""
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    )
+    zero = torch.zeros_like(rows)
+    return torch.stack([zero, rows, columns, zero], dim=-1).flatten(0, 1).float()
+
+
+class Flux2Velocity(nn.Module):
+    """VelocityModel over images of a pipeline with a `Flux2Transformer2DModel`.
+
+    `transformer` and `embedder` are the pipeline's own modules, shared and not copied: training this trains them.
+    `embedder` may be None when every condition comes as a `TokenCondition`. `guidance` is the scale fed to
+    guidance-embedded (guidance-distilled) transformers and must be None for all others.
+    """
+
+    def __init__(
+        self,
+        transformer: Flux2Transformer2DModel,
+        embedder: nn.Module | None,
+        vae: nn.Module,
+        guidance: float | None = None,
+    ) -> None:
+        super().__init__()
+        if transformer.config.guidance_embeds != (guidance is not None):
+            needs = "needs guidance=<scale>" if transformer.config.guidance_embeds else "takes no guidance"
+            raise ValueError(f"this transformer {needs}: guidance_embeds is {transformer.config.guidance_embeds}")
+        self.transformer = transformer
+        self.embedder = embedder
+        self.guidance = guidance
+        self._vae = [vae]  # in a list, so that the VAE is no submodule: it is frozen and not trained or saved with us
+
+    def tokens(self, condition: ClassCondition | TokenCondition) -> Float[Tensor, "b l d"]:
+        """The text stream (B, L, D) of a condition. Raises TypeError for a condition of another family."""
+        if isinstance(condition, TokenCondition):
+            return condition.tokens
+        if isinstance(condition, ClassCondition) and self.embedder is not None:
+            return self.embedder(condition.labels)
+        raise TypeError(f"Flux2Velocity takes a ClassCondition or a TokenCondition, got {type(condition).__name__}")
+
+    def pack(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n k"], tuple[int, int]]:
+        """Image -> tokens (B, n, k) and the token grid (rows, columns)."""
+        latents = Flux2KleinPipeline._patchify_latents(self._vae[0].encode(x).latents)
+        return Flux2KleinPipeline._pack_latents(latents), tuple(latents.shape[-2:])
+
+    def unpack(self, tokens: Float[Tensor, "b n k"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+        """Tokens -> image, the inverse of `pack`."""
+        latents = tokens.transpose(1, 2).unflatten(2, grid)
+        return self._vae[0].decode(Flux2KleinPipeline._unpatchify_latents(latents)).sample
+
+    def forward(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, " b"],
+        condition: ClassCondition | TokenCondition | None = None,
+        r: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Velocity (B, C, H, W) at times t (B,). Raises ValueError without a condition or with a target time r."""
+        if condition is None:
+            raise ValueError("FLUX.2 always has a text stream: pass condition.drop() for no condition, not None")
+        if r is not None:
+            raise ValueError("a stock FLUX.2 transformer knows one time; a target time r needs a flow-map student")
+        hidden_states, grid = self.pack(x_t)
+        text = self.tokens(condition)
+        guidance = None if self.guidance is None else torch.full_like(t, self.guidance)
+        velocity = self.transformer(
+            hidden_states=hidden_states,
+            encoder_hidden_states=text,
+            timestep=t.to(x_t.dtype),
+            img_ids=position_ids(*grid, device=x_t.device),
+            txt_ids=torch.zeros(text.shape[1], 4, device=x_t.device),
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return self.unpack(velocity, grid)
+
+
+def velocity_model(pipe: TinyFlux2Pipeline) -> Flux2Velocity:
+    """The pipeline's transformer as a `VelocityModel` on images in [-1, 1].
+
+    Raises TypeError for a pipeline whose transformer family has no adapter yet.
+    """
+    if not isinstance(pipe.transformer, Flux2Transformer2DModel):
+        raise TypeError(f"no velocity adapter for {type(pipe.transformer).__name__} yet; Flux2Transformer2DModel has one")
+    return Flux2Velocity(pipe.transformer, getattr(pipe, "class_embedder", None), pipe.vae)

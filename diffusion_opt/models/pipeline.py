@@ -1,0 +1,151 @@
+"""A small FLUX.2: the stock transformer and the stock klein pipeline, on pixels and class names.
+
+Nothing of FLUX.2 is forked. The transformer is diffusers' `Flux2Transformer2DModel`, the denoising loop, guidance,
+callbacks, LoRA, caches and attention backends are those of `Flux2KleinPipeline`. Two parts are ours, because a laptop
+has neither a VAE nor a text encoder to spare:
+
+    PixelShuffleVAE    a "VAE" without parameters: latents are pixels, factor x factor of them folded into channels
+    ClassEmbedder      a "text encoder" that is a table: one token a class, the last row for "no class" (guidance)
+
+Together with the 2x2 packing of FLUX.2 a folding factor of 2 gives one token for each 4x4 patch. `TinyFlux2Pipeline`
+overrides `encode_prompt` and fills in the settings its weights were made for; `Flux2KleinPipeline` itself opens the
+same folder (with `text_encoder=None, tokenizer=None`) and gives the same pictures from the same embeddings.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, Flux2KleinPipeline, Flux2Transformer2DModel, ModelMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PixelShuffleVAE(ModelMixin, ConfigMixin):
+    """Pixels (B, C, H, W) in [-1, 1] <-> latents (B, C f^2, H / f, W / f), exactly invertible.
+
+    As in diffusers' autoencoders the depth gives the scale: f = 2 ** (len(block_out_channels) - 1). Together with
+    `bn` (an identity here) and `batch_norm_eps` that is all `Flux2KleinPipeline` reads of a VAE.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        block_out_channels: tuple[int, ...] = (1, 1),
+        sample_size: int = 28,
+        batch_norm_eps: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.factor = 2 ** (len(block_out_channels) - 1)
+        self.bn = nn.BatchNorm2d(in_channels * self.factor**2 * 4, affine=False, eps=batch_norm_eps)
+
+    def encode(self, x: Float[Tensor, "b c h w"], return_dict: bool = True) -> SimpleNamespace:
+        """Fold pixels into channels; the result has `latents`, as diffusers' encoders have."""
+        return SimpleNamespace(latents=F.pixel_unshuffle(x, self.factor))
+
+    def decode(self, z: Float[Tensor, "b c h w"], return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Unfold channels into pixels."""
+        x = F.pixel_shuffle(z, self.factor)
+        return DecoderOutput(sample=x) if return_dict else (x,)
+
+
+class ClassEmbedder(ModelMixin, ConfigMixin):
+    """One learned token a class, (B,) labels -> (B, 1, dim); label `len(class_names)` means "no class"."""
+
+    @register_to_config
+    def __init__(self, class_names: tuple[str, ...] = (), dim: int = 64) -> None:
+        super().__init__()
+        self.table = nn.Embedding(len(class_names) + 1, dim)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.config.class_names)
+
+    def labels(self, prompt: str | int | list[str | int]) -> Int[Tensor, " b"]:
+        """Labels (B,) of prompts: a class name, its number (3 or "3"), or "" for no class.
+
+        Raises ValueError naming the prompt that is none of these.
+        """
+        names = {name: i for i, name in enumerate(self.config.class_names)}
+        names |= {str(i): i for i in range(self.num_classes)} | {"": self.num_classes}
+        prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
+        for p in prompts:
+            if str(p).lower() not in names:
+                raise ValueError(f"unknown prompt {p!r}: use a class number 0 … {self.num_classes - 1} or one of "
+                                 f"{', '.join(self.config.class_names)}")  # fmt: skip
+        return torch.tensor([names[str(p).lower()] for p in prompts])
+
+    def forward(self, labels: Int[Tensor, " b"]) -> Float[Tensor, "b 1 d"]:
+        return self.table(labels)[:, None]
+
+
+class TinyFlux2Pipeline(Flux2KleinPipeline):
+    """Class names to images: `pipe("sneaker").images[0]`, or `pipe(["bag", "coat"], generator=g, output_type="pt")`.
+
+    Steps and guidance scale default to what the weights were trained for (`default_steps`, `default_guidance` in
+    `model_index.json`); the rest of the call is `Flux2KleinPipeline`'s. Images are (B, 1, H, W) in [0, 1] for
+    `output_type="pt"`, PIL images otherwise.
+    """
+
+    _optional_components = ["text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        vae: PixelShuffleVAE,
+        transformer: Flux2Transformer2DModel,
+        class_embedder: ClassEmbedder,
+        text_encoder: None = None,
+        tokenizer: None = None,
+        is_distilled: bool = False,
+        default_steps: int = 50,
+        default_guidance: float = 1.0,
+    ) -> None:
+        super().__init__(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            is_distilled=is_distilled,
+        )
+        self.register_modules(class_embedder=class_embedder)
+        self.register_to_config(default_steps=default_steps, default_guidance=default_guidance)
+        self.default_sample_size = vae.config.sample_size // self.vae_scale_factor
+
+    def encode_prompt(
+        self,
+        prompt: str | int | list[str | int] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Float[Tensor, "b 1 d"] | None = None,
+        **_: Any,
+    ) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b 1 4"]]:
+        """Class tokens (B, 1, dim) and their position ids (B, 1, 4), all zero. Raises ValueError as `labels` does."""
+        device = device or self._execution_device
+        if prompt_embeds is None:
+            prompt_embeds = self.class_embedder(self.class_embedder.labels(prompt or "").to(device))
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        return prompt_embeds, torch.zeros(*prompt_embeds.shape[:2], 4, device=device)
+
+    def __call__(
+        self,
+        prompt: str | int | list[str | int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        **kwargs: Any,
+    ):
+        """Generate images; arguments and result as in `Flux2KleinPipeline.__call__`, with `prompt` first."""
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance
+        if isinstance(prompt, int):
+            prompt = [prompt]
+        return super().__call__(
+            prompt=prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **kwargs
+        )

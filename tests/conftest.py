@@ -1,0 +1,67 @@
+"""What holds for every test: no network, one thread, a fixed seed, and shapes checked at run time.
+
+jaxtyping's annotations cost nothing in use; here an import hook has beartype check each call of `diffusion_opt`, so a
+test fails where a shape is wrong and not three calls later. torch.compile cannot trace through those checks, so tests
+marked `compiled` run in their own call, `pytest -m compiled`, without the hook. A test that hands over wrong shapes on
+purpose, to read the function's own error, is marked `wrong_shapes`. One thread makes sums come out the same on every
+machine, and small tensors are no slower for it.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import socket
+
+import pytest
+import torch
+from jaxtyping import config as jaxtyping_config
+from jaxtyping import install_import_hook
+
+
+def wants_compiled(expression: str) -> bool:
+    """Whether a pytest `-m` expression asks for the compiled tests."""
+    return "compiled" in expression and "not compiled" not in expression
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    if not wants_compiled(config.option.markexpr):
+        install_import_hook("diffusion_opt", "shape_checks.check")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    hooked = not wants_compiled(config.option.markexpr)
+    for item in items:
+        if hooked and item.get_closest_marker("compiled"):
+            item.add_marker(pytest.mark.skip(reason="run-time shape checks are on; use `pytest -m compiled`"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch finds none"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Layers are initialized from torch's global generator: start each test from the same state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def shape_checks_off(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests marked `wrong_shapes`: let the function itself meet the wrong argument."""
+    if request.node.get_closest_marker("wrong_shapes"):
+        monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn any attempt to leave this machine into an error that names the address."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("localhost", "127.0.0.1", "::1"):
+            raise RuntimeError(f"a test tried to connect to {address}: tests must not use the network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)

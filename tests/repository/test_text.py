@@ -1,0 +1,94 @@
+"""Nothing in the repository names the machine it was made on or a package registry, and its own links lead somewhere."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SKIPPED = {".git", ".venv", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+SKIPPED |= {".import_linter_cache", ".ipynb_checkpoints"}
+TEXT = {
+    ".py",
+    ".md",
+    ".toml",
+    ".txt",
+    ".yml",
+    ".yaml",
+    ".json",
+    ".jsonl",
+    ".ipynb",
+    ".csv",
+    ".html",
+    ".svg",
+    ".cfg",
+    "",
+}
+
+# Written in two pieces, so that this file does not hold what it looks for.
+MACHINE = ["/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/", "/Us" + "ers/", "file:" + "//", "C:" + "\\"]
+REGISTRY = ["index-" + "url", "find-" + "links", "pypi." + "org", "python" + "hosted", "download.py" + "torch.org"]
+ALLOWED = {("tools/install.py", "download.py" + "torch.org")}  # see the comment there: nowhere else to get CPU wheels
+
+
+def text_files(folder: Path = ROOT) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name in SKIPPED or path.name.endswith(".egg-info"):
+            continue
+        if path.is_dir():
+            yield from text_files(path)
+        elif path.suffix in TEXT:
+            yield path
+
+
+def test_no_machine_path_and_no_registry():
+    found = []
+    for path in text_files():
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+        found += [f"{name}: {word}" for word in (*MACHINE, *REGISTRY) if word in text and (name, word) not in ALLOWED]
+    assert not found
+
+
+def markdown(path: Path) -> str:
+    """The Markdown of a page or of a notebook's text cells, without code."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors a reader's browser can jump to: headings as GitHub names them."""
+    headings = re.findall(r"^#+ +(.+?) *$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path: Path) -> list[str]:
+    text = markdown(path)
+    broken = []
+    for target in re.findall(r"\]\(\s*<?([^)\s>]+)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file_name, _, anchor = target.partition("#")
+        other = (path.parent / file_name) if file_name else path
+        pages = (".md", ".ipynb")
+        if not other.exists() or (anchor and other.suffix in pages and anchor not in anchors(markdown(other))):
+            broken.append(target)
+    return broken
+
+
+PAGES = [path for path in text_files() if path.suffix in (".md", ".ipynb")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_within_the_repository_resolve(path):
+    assert not broken_links(path)
+
+
+def test_the_link_check_finds_a_missing_file_and_a_missing_heading(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Some Heading!\n[a](#some-heading) [b](#other) [c](none.md) [d](https://example.org) `[e](no)`\n")
+    assert broken_links(page) == ["#other", "none.md"]
