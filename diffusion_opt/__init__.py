@@ -18,7 +18,7 @@ _DOOR = {
     "velocity_model": "diffusion_opt.models",
     "Recipe": "diffusion_opt.recipes",
     "apply": "diffusion_opt.recipes",
-    "measure": "diffusion_opt.evaluation",
+    "measure": "diffusion_opt.recipes",
 }
 __all__ = ["__version__", *_DOOR]
 

@@ -7,6 +7,7 @@ checks each file's SHA-256 first. The small size pools 28 -> 14 and pads to 16 w
 
 import gzip
 import struct
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,11 +56,13 @@ def read_idx(path: Path) -> np.ndarray:
     """
     try:
         raw = gzip.decompress(path.read_bytes())
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CorruptFileError(f"{path} is truncated or not a gzip file ({error}); restore it with git") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise CorruptFileError(f"{path} is not an IDX file of bytes: it starts with {raw[:4].hex()}, not 000008")
     num_dims = raw[3]
+    if len(raw) < 4 + 4 * num_dims:
+        raise CorruptFileError(f"{path} announces {num_dims} dimensions but ends within its header ({len(raw)} bytes)")
     shape = struct.unpack_from(f">{num_dims}I", raw, 4)
     data = np.frombuffer(raw, np.uint8, offset=4 + 4 * num_dims)
     if data.size != np.prod(shape):
@@ -89,4 +92,4 @@ def load_fashion_mnist(split: Literal["train", "test"], size: Literal[28, 16] = 
     images = raw.float() / 127.5 - 1
     if size == 16:
         images = F.pad(F.avg_pool2d(images, 2), (1, 1, 1, 1), value=-1.0)
-    return ImageData(images, labels, FASHION_CLASSES)
+    return ImageData(images, labels.clone(), FASHION_CLASSES)

@@ -28,16 +28,18 @@ def write_sums(folder: Path) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """File name -> expected digest. Raises CorruptFileError if the list is missing or malformed."""
+    """File name -> expected digest. Raises CorruptFileError if the list is missing, empty or malformed."""
     path = folder / SUMS
     if not path.is_file():
-        raise CorruptFileError(f"{path} is missing; restore it with `git checkout -- {folder.name}`")
+        raise CorruptFileError(f"{path} is missing; restore it with git, for example `git checkout -- data`")
     sums = {}
     for line in path.read_text().splitlines():
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise CorruptFileError(f"{path} holds a malformed line: {line!r}")
         sums[name] = digest
+    if not sums:
+        raise CorruptFileError(f"{path} lists no file; restore it with git, for example `git checkout -- data`")
     return sums
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 CHECKPOINT = "checkpoint"
+SAME_TO_RESUME = ("batch_size", "learning_rate", "warmup_steps", "betas", "clip_norm", "ema_decay", "seed")
 
 
 class Distiller(Protocol):
@@ -115,8 +116,9 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint beside the last one, then put it in its place."""
-        fresh, final = self.out / f"{CHECKPOINT}.new", self.out / CHECKPOINT
+        final, fresh, old = (self.out / f"{CHECKPOINT}{end}" for end in ("", ".new", ".old"))
         shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         fresh.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, fresh / "model.safetensors")
         save_file({k: v.contiguous() for k, v in self.ema.state_dict().items()}, fresh / "ema.safetensors")
@@ -128,8 +130,10 @@ class _Run:
         save_file(moments, fresh / "optimizer.safetensors")
         state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
         (fresh / "state.json").write_text(json.dumps(state, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
+        if final.is_dir():
+            os.replace(final, old)
         os.replace(fresh, final)
+        shutil.rmtree(old, ignore_errors=True)
 
     def resume(self) -> bool:
         """Continue from the last checkpoint if there is one.
@@ -142,10 +146,11 @@ class _Run:
         if not folder.is_dir():
             return False
         state = json.loads((folder / "state.json").read_text())
-        for name in ("batch_size", "learning_rate", "seed"):
-            if state["config"][name] != getattr(self.config, name):
+        now = json.loads(json.dumps(asdict(self.config)))  # as JSON keeps it: tuples are lists
+        for name in SAME_TO_RESUME:
+            if state["config"][name] != now[name]:
                 raise ValueError(
-                    f"{folder} was trained with {name}={state['config'][name]}, now {getattr(self.config, name)}; "
+                    f"{folder} was trained with {name}={state['config'][name]}, now {now[name]}; "
                     "use the same settings to resume, or another output folder to start anew"
                 )
         self.model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -172,7 +177,7 @@ class _Run:
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient is not finite at step {self.step} (loss {losses['loss'].item():g}); "
-                "lower the learning rate and resume from an earlier checkpoint"
+                "lower the learning rate and start anew in another output folder"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,7 +224,9 @@ def train(distiller: Distiller, config: TrainConfig, out: Path, progress: bool =
     run.resume()
     history, sums = [], {}
     writer = SummaryWriter(out / "tensorboard")
-    bar = tqdm(total=1000, desc=out.name, bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix}", disable=not progress)
+    bar = tqdm(
+        total=1000, desc=out.name, bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix}", disable=not progress
+    )
     last_log_step, last_log, last_save = run.step, time.perf_counter(), time.perf_counter()
     with _stop_on_interrupt() as stop_asked, (out / "metrics.jsonl").open("a") as log:
         while (used := config.progress(run.step, run.seconds)) < 1 and not stop_asked():
@@ -240,9 +247,8 @@ def train(distiller: Distiller, config: TrainConfig, out: Path, progress: bool =
                 for name, value in row.items():
                     writer.add_scalar(name, value, run.step)
                 left = run.seconds / max(used, 1e-9) * (1 - used)
-                bar.set_postfix_str(
-                    f"step {run.step}, loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s, {left / 60:.1f} min left"
-                )
+                speed = f"{row['images_per_second']:.0f} img/s, {left / 60:.1f} min left"
+                bar.set_postfix_str(f"step {run.step}, loss {row['loss']:.4f}, {speed}")
                 last_log_step, last_log, sums = run.step, now, {}
             if time.perf_counter() - last_save > config.checkpoint_seconds:
                 run.save()

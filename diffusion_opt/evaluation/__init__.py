@@ -7,7 +7,7 @@ from diffusion_opt.evaluation.machine import machine
 from diffusion_opt.evaluation.measurement import Measurement, Protocol, Rung, measure_together, speedup
 from diffusion_opt.evaluation.quality import Quality, TeacherGap, compare, quality, teacher_gap
 from diffusion_opt.evaluation.reference import Reference, floor_distance, load_reference
-from diffusion_opt.evaluation.speed import StoresPacked, Timing, interleaved, peak_memory, weight_bytes
+from diffusion_opt.evaluation.speed import StoresPacked, Timing, interleaved, peak_memory, timed, weight_bytes
 
 __all__ = [
     "METRIC_NAME",
@@ -39,5 +39,6 @@ __all__ = [
     "quality",
     "speedup",
     "teacher_gap",
+    "timed",
     "weight_bytes",
 ]

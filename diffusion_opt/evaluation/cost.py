@@ -11,7 +11,8 @@ scheduler did not take; this does. One MAC is one multiplication with its additi
 Elementwise work (norms, activations, rotary embedding) is not counted, as is usual. torch knows no formula for the
 attention kernel it uses on a CPU nor for quantized linears; they are added here. Work that looks like a matrix product
 and has no formula raises an error instead of counting as nothing. A custom kernel is seen if it is a registered
-operator (`torch.library`); give it a formula with `torch.utils.flop_counter.register_flop_formula`.
+operator (`torch.library`); give it a formula with `torch.utils.flop_counter.register_flop_formula`. A compiled
+module is counted in its eager form: torch suspends compilation while the counter watches.
 """
 
 import re

@@ -50,9 +50,7 @@ def frechet_distance(
     return ((mean1 - mean2).square().sum(-1) + traces - 2 * cross).clamp(min=0)
 
 
-def bootstrap_counts(
-    strata: Int[Tensor, " n"], resamples: int, generator: torch.Generator
-) -> Float[Tensor, "r n"]:
+def bootstrap_counts(strata: Int[Tensor, " n"], resamples: int, generator: torch.Generator) -> Float[Tensor, "r n"]:
     """How often each resample draws each sample: with replacement, within each stratum as many as it has."""
     counts = torch.zeros(resamples, len(strata), dtype=torch.float64)
     for stratum in strata.unique():
@@ -105,17 +103,15 @@ class _Given(nn.Module):
         return features
 
 
-def kernel_distance(
-    real: Float[Tensor, "n f"], generated: Float[Tensor, "m f"], seed: int
-) -> tuple[float, float]:
+def kernel_distance(real: Float[Tensor, "n f"], generated: Float[Tensor, "m f"], seed: int) -> tuple[float, float]:
     """Kernel distance (KID; Bińkowski et al. 2018, arXiv 1801.01401) by torchmetrics: mean and deviation over subsets.
 
-    Unbiased at any sample count, so it may come out slightly negative. torchmetrics draws its subsets from torch's
-    global generator; it is seeded here within a scope and left as it was.
+    Unbiased at any sample count, so it may come out slightly negative. A subset has at most half of the samples, so
+    that subsets differ. torchmetrics draws them from torch's global generator; it is seeded here, then left as it was.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    size = min(KERNEL_SUBSET_SIZE, len(real), len(generated))
+    size = max(2, min(KERNEL_SUBSET_SIZE, len(real) // 2, len(generated) // 2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         metric = KernelInceptionDistance(feature=_Given(), subsets=KERNEL_SUBSETS, subset_size=size)
@@ -143,6 +139,7 @@ def _covered(points: Float[Tensor, "n f"], by: Float[Tensor, "m f"], neighbors: 
     """Share of `points` inside at least one ball of the set `by`."""
     points, by = points.double(), by.double()
     # The nearest member of a set to one of its own members is that member itself: k + 1 smallest, the last is the k-th.
-    radii = torch.cat([torch.cdist(part, by).topk(neighbors + 1, largest=False).values[:, -1] for part in by.split(2000)])
+    nearest = [torch.cdist(part, by).topk(neighbors + 1, largest=False).values for part in by.split(2000)]
+    radii = torch.cat(nearest)[:, -1]
     inside = torch.cat([(torch.cdist(part, by) <= radii).any(1) for part in points.split(2000)])
     return inside.double().mean().item()

@@ -2,7 +2,7 @@
 
 The Fréchet inception distance (FID; Heusel et al. 2017, arXiv 1706.08500) compares two sets of images by the means and
 covariances of a network's features. Its Inception network was trained on color photographs of 299x299 pixels and costs
-a large part of a second an image on a CPU; for grey pictures of clothes it is neither fast nor meaningful. Our default
+a large part of a second an image on a CPU; for gray pictures of clothes it is neither fast nor meaningful. Our default
 is a small classifier of these very pictures: well under a millisecond an image, 64 features, a few thousand samples
 give a full-rank covariance. Its distance is therefore called "FD (fashion features)" everywhere and is comparable with
 nobody's FID.
@@ -65,7 +65,7 @@ class FashionFeatures(nn.Module):
         self.to_logits = nn.Linear(config.num_features, config.num_classes)
 
     def forward(self, images: Float[Tensor, "b 1 s s"]) -> Float[Tensor, "b f"]:
-        """Features of grey images in [-1, 1].
+        """Features of gray images in [-1, 1].
 
         Raises ValueError if the images have another shape than the network was trained for.
         """

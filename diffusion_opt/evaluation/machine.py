@@ -16,7 +16,7 @@ import torch
 LIBRARIES = ("torch", "diffusers", "nvidia-modelopt", "triton", "torchmetrics")
 
 
-def machine() -> dict[str, str | int | float | None | dict[str, str | None]]:
+def machine() -> dict[str, str | int | float | dict[str, str | None] | None]:
     """Describe this machine: processor, cores, threads torch uses, memory in GB, GPU, system and versions.
 
     `gpu` is None without a usable CUDA device; a library that is not installed has the version None.

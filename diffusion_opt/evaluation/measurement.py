@@ -1,19 +1,19 @@
 """One record for what a technique buys and costs, and the protocol under which two such records may be compared.
 
-`measure_together` takes all rungs of a comparison at once: every rung makes images from the same noise and labels (one
-seed a batch), its arithmetic is counted on the first of them, its memory watched on another, and then all rungs are
-timed in turns. A speed-up is a ratio of medians from one such run; `speedup` refuses anything else and names the first
-thing that differs. The first rung is the teacher, with whose images the others' are compared pair by pair.
+`measure_together` takes all rungs of a comparison at once. Every rung makes the same batches (one seed a batch), and the
+making is the timing: the rungs take turns batch by batch, A B C A B C ..., so a slow minute touches all of them. The
+first batch is not timed; on it the arithmetic is counted and the memory watched. A speed-up is a ratio of medians from
+one such run; `speedup` refuses anything else and names the first thing that differs. The first rung is the teacher,
+with whose images the others' are compared pair by pair.
 
 A rung is no more than a function from labels and a generator to images, and the transformer whose passes and bytes are
 counted, so pipelines, samplers over a `VelocityModel` and students all fit.
 """
 
 import json
-import math
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from diffusion_opt.evaluation.cost import Cost, count
 from diffusion_opt.evaluation.machine import machine
 from diffusion_opt.evaluation.quality import RESAMPLES, Quality, quality
-from diffusion_opt.evaluation.speed import Timing, interleaved, peak_memory, weight_bytes
+from diffusion_opt.evaluation.speed import Timing, peak_memory, timed, weight_bytes
 
 Generate = Callable[[Int[Tensor, " b"], torch.Generator], Float[Tensor, "b 1 s s"]]
 
@@ -45,7 +45,7 @@ class Protocol:
     batch_size: int  # images a timed call makes
     num_samples: int  # images behind the quality, 0 for none
     seed: int  # batch i draws its noise from seed + i
-    rounds: int  # timed turns
+    rounds: int  # timed turns of each
     threads: int  # of torch on the CPU
     dtype: str  # of the images
     device: str
@@ -132,91 +132,104 @@ def measure_together(
 ) -> dict[str, Measurement]:
     """Measure all rungs under one protocol, the first one being the teacher of the others.
 
-    `num_samples=0` leaves quality out. A dict passed as `images` receives each rung's images, for grids.
-    Raises ValueError for no rungs and for sample or batch counts that make no sense.
+    Each rung gets at least `rounds` timed turns; more samples give more. `num_samples=0` leaves quality out. A dict
+    passed as `images` receives each rung's images, for grids. Raises ValueError for no rungs and for sample, batch or
+    round counts that make no sense.
     """
     if not rungs:
         raise ValueError("nothing to measure: pass at least one rung, the teacher first")
-    if batch_size < 1 or num_samples < 0 or num_samples == 1:
-        raise ValueError(f"need batch_size >= 1 and num_samples 0 or >= 2, got {batch_size} and {num_samples}")
-    kept = {} if images is None else images
+    if batch_size < 1 or rounds < 1 or num_samples < 0 or num_samples == 1:
+        raise ValueError(
+            f"need batch_size >= 1, rounds >= 1 and num_samples 0 or >= 2, got {batch_size}, {rounds} and {num_samples}"
+        )
     labels = torch.arange(max(num_samples, batch_size)) % num_classes
-    costs: dict[str, Cost] = {}
-    with tqdm(total=len(rungs) * math.ceil(len(labels) / batch_size), disable=not progress, leave=False) as bar:
-        for name, rung in rungs.items():
-            bar.set_description(f"generate {name}")
-            kept[name], costs[name] = _generate(rung, labels, batch_size, seed, bar)
-    calls = {name: _call(rung, labels[:batch_size], seed) for name, rung in rungs.items()}
-    memory = {name: peak_memory(call, device) for name, call in calls.items()}
-    timings = interleaved(calls, rounds=rounds, progress=progress)
+    batches = list(labels.split(batch_size))
+    batches += [batches[0]] * (1 + rounds - sum(len(batch) == batch_size for batch in batches))  # timed, not judged
+    taken = {name: _Taken() for name in rungs}
+    with tqdm(total=len(rungs) * len(batches), disable=not progress, leave=False) as bar:
+        for index, batch in enumerate(batches):
+            for name, rung in rungs.items():
+                bar.set_description(name)
+                _turn(rung, batch, seed + index, index == 0, len(batch) == batch_size, device, taken[name])
+                bar.update()
+    made = {name: torch.cat(turns.images)[: len(labels)] for name, turns in taken.items()}
+    if images is not None:
+        images.update(made)
     first = next(iter(rungs))
     protocol = Protocol(
         run=uuid.uuid4().hex,
         batch_size=batch_size,
         num_samples=num_samples,
         seed=seed,
-        rounds=rounds,
+        rounds=len(taken[first].seconds),
         threads=torch.get_num_threads(),
-        dtype=str(kept[first].dtype).removeprefix("torch."),
+        dtype=str(made[first].dtype).removeprefix("torch."),
         device=device,
     )
 
     def judge(name: str) -> Quality | None:
         if num_samples == 0:
             return None
-        teacher = None if name == first else kept[first][:num_samples]
-        made = kept[name][:num_samples]
-        return quality(made, labels[:num_samples], teacher_images=teacher, resamples=resamples, seed=seed)
+        teacher = None if name == first else made[first]
+        return quality(made[name], labels, teacher_images=teacher, resamples=resamples, seed=seed)
 
     here = machine()
-    return {
-        name: _record(name, rung, timings[name], memory[name], costs[name], judge(name), protocol, here)
-        for name, rung in rungs.items()
-    }
+    return {name: _record(name, rung, taken[name], judge(name), protocol, here) for name, rung in rungs.items()}
 
 
-def _call(rung: Rung, labels: Int[Tensor, " b"], seed: int) -> Callable[[], Tensor]:
-    """One call that always starts from the same noise."""
-    return lambda: rung.generate(labels, torch.Generator().manual_seed(seed))
+@dataclass
+class _Taken:
+    """What the turns of one rung left behind."""
+
+    images: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    cost: Cost | None = None
+    memory: int | None = None
 
 
-def _generate(
-    rung: Rung, labels: Int[Tensor, " n"], batch_size: int, seed: int, bar: tqdm
-) -> tuple[Float[Tensor, "n 1 s s"], Cost]:
-    """Images of all labels on the CPU, and the cost of the first batch."""
+def _turn(
+    rung: Rung, labels: Int[Tensor, " b"], seed: int, first: bool, whole: bool, device: str, taken: _Taken
+) -> None:
+    """One batch of one rung: counted and watched if it is the first, otherwise timed if it is whole."""
+
+    def call() -> Tensor:
+        return rung.generate(labels, torch.Generator().manual_seed(seed)).detach().cpu()
+
     made: list[Tensor] = []
-    cost = None
-    for index, batch in enumerate(labels.split(batch_size)):
-        call = _call(rung, batch, seed + index)
-        if cost is None:
-            cost = count(lambda call=call: made.append(call().detach().cpu()), rung.transformer)
-        else:
-            made.append(call().detach().cpu())
-        if len(made[-1]) != len(batch):
-            raise ValueError(f"asked for {len(batch)} images, got a tensor of shape {tuple(made[-1].shape)}")
-        bar.update()
-    return torch.cat(made), cost
+    if first:
+        rung.generate(labels[:2], torch.Generator().manual_seed(seed))  # lazy set-up is not this rung's memory
+
+        def watch() -> None:
+            taken.cost = count(lambda: made.append(call()), rung.transformer)
+
+        taken.memory = peak_memory(watch, device)
+    else:
+        image, seconds = timed(call)
+        made.append(image)
+        taken.seconds += [seconds] if whole else []
+    if len(made[0]) != len(labels):
+        raise ValueError(f"asked for {len(labels)} images, got a tensor of shape {tuple(made[0].shape)}")
+    taken.images.append(made[0])
 
 
 def _record(
     name: str,
     rung: Rung,
-    timing: Timing,
-    memory: int | None,
-    cost: Cost,
+    taken: _Taken,
     judged: Quality | None,
     protocol: Protocol,
     here: dict,
 ) -> Measurement:
+    timing = Timing(tuple(taken.seconds), repeats=1)
     return Measurement(
         name=name,
         latency_s=timing.median_s,
         latency_iqr_s=timing.iqr_s,
         images_per_call=protocol.batch_size,
-        peak_memory_bytes=memory,
+        peak_memory_bytes=taken.memory,
         weight_bytes=weight_bytes(rung.transformer),
-        nfe=cost.nfe,
-        macs=round(cost.macs / protocol.batch_size),
+        nfe=taken.cost.nfe,
+        macs=round(taken.cost.macs / protocol.batch_size),
         quality=judged,
         protocol=protocol,
         machine=here,

@@ -7,8 +7,9 @@ GPU the queue is drained before and after each turn.
 
 Memory is the rise while a call runs, above what was resident when it began; the weights, which lie there already, are
 counted apart by `weight_bytes`. On a GPU the rise is that of torch's allocator. On Linux without one it is that of the
-process's resident set (VmHWM of /proc/self/status, reset through /proc/self/clear_refs): the system's own figure, in
-whole pages, libraries' scratch space included. Where neither exists the answer is None and never a guess.
+process's resident set (VmHWM of /proc/self/status, reset through /proc/self/clear_refs): the system's own figure,
+libraries' scratch space included, exact to a megabyte or so because free pages are reused and the kernel counts in
+batches. Where neither exists the answer is None and never a guess.
 """
 
 import ctypes
@@ -18,12 +19,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+T = TypeVar("T")
 MIN_TURN_S = 0.05  # a turn lasts at least this long, by repeating the call
 
 
@@ -82,6 +84,17 @@ def interleaved(
                 samples[name].append(_seconds(call, repeats[name]) / repeats[name])
                 bar.update()
     return {name: Timing(tuple(values), repeats[name]) for name, values in samples.items()}
+
+
+def timed(call: Callable[[], T], min_turn_s: float = MIN_TURN_S) -> tuple[T, float]:
+    """Result of a call and the seconds it takes; one too short for the clock is repeated and averaged."""
+    _drain()
+    start, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - start < min_turn_s:
+        result = call()
+        calls += 1
+        _drain()
+    return result, (time.perf_counter() - start) / calls
 
 
 def _seconds(call: Callable[[], object], times: int) -> float:

@@ -43,7 +43,7 @@ SIZES = {
 def build_pipeline(config: TinyFlux2Config, seed: int = 0) -> TinyFlux2Pipeline:
     """A pipeline with fresh weights, the same for the same seed (the global random state is left as it was)."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # weights start on the CPU; GPU generators are not touched
         transformer = Flux2Transformer2DModel(
             in_channels=16 * config.channels,
             num_layers=config.num_double,

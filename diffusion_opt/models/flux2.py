@@ -1,7 +1,7 @@
 """`Flux2Transformer2DModel` as a velocity model on images.
 
 Everything particular to the FLUX.2 family lives here: how an image becomes tokens and back, the four-axis position
-ids (time, height, width, layer), and where the guidance embedding goes. FLUX.2 takes t in [0, 1] and predicts
+ids (time, row, column, place in the text), and where the guidance embedding goes. FLUX.2 takes t in [0, 1] and predicts
 e - x, which is our convention, so neither times nor outputs are converted.
 
 An image (B, C, H, W) is encoded by the VAE, packed 2x2 and flattened, exactly as `Flux2KleinPipeline` packs:
@@ -12,12 +12,12 @@ An image (B, C, H, W) is encoded by the VAE, packed 2x2 and flattened, exactly a
 from dataclasses import dataclass
 
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Transformer2DModel
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diffusion_opt.flow import ClassCondition
-from diffusion_opt.models.pipeline import TinyFlux2Pipeline
+from diffusion_opt.models.pipeline import PixelShuffleVAE
 
 
 @dataclass(frozen=True)
@@ -103,24 +103,30 @@ class Flux2Velocity(nn.Module):
             raise ValueError("a stock FLUX.2 transformer knows one time; a target time r needs a flow-map student")
         hidden_states, grid = self.pack(x_t)
         text = self.tokens(condition)
+        txt_ids = Flux2KleinPipeline._prepare_text_ids(text[:1])[0].to(x_t.device, torch.float32)
         guidance = None if self.guidance is None else torch.full_like(t, self.guidance)
         velocity = self.transformer(
             hidden_states=hidden_states,
             encoder_hidden_states=text,
             timestep=t.to(x_t.dtype),
             img_ids=position_ids(*grid, device=x_t.device),
-            txt_ids=torch.zeros(text.shape[1], 4, device=x_t.device),
+            txt_ids=txt_ids,
             guidance=guidance,
             return_dict=False,
         )[0]
         return self.unpack(velocity, grid)
 
 
-def velocity_model(pipe: TinyFlux2Pipeline) -> Flux2Velocity:
+def velocity_model(pipe: DiffusionPipeline, guidance: float | None = None) -> Flux2Velocity:
     """The pipeline's transformer as a `VelocityModel` on images in [-1, 1].
 
-    Raises TypeError for a pipeline whose transformer family has no adapter yet.
+    `guidance` as in `Flux2Velocity`. Raises TypeError for a pipeline whose transformer family has no adapter yet, or
+    whose VAE is a network: velocities live where noise is added, and that would then be its latents, not pixels.
     """
     if not isinstance(pipe.transformer, Flux2Transformer2DModel):
-        raise TypeError(f"no velocity adapter for {type(pipe.transformer).__name__} yet; Flux2Transformer2DModel has one")
-    return Flux2Velocity(pipe.transformer, getattr(pipe, "class_embedder", None), pipe.vae)
+        raise TypeError(
+            f"no velocity adapter for {type(pipe.transformer).__name__} yet; Flux2Transformer2DModel has one"
+        )
+    if not isinstance(pipe.vae, PixelShuffleVAE):
+        raise TypeError(f"a velocity on pixels needs a PixelShuffleVAE, got {type(pipe.vae).__name__}")
+    return Flux2Velocity(pipe.transformer, getattr(pipe, "class_embedder", None), pipe.vae, guidance)

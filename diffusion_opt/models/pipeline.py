@@ -13,7 +13,7 @@ same folder (with `text_encoder=None, tokenizer=None`) and gives the same pictur
 """
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, Flux2KleinPipeline, Flux2Transformer2DModel, ModelMixin, SchedulerMixin
@@ -68,11 +68,13 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
     def labels(self, prompt: str | int | list[str | int]) -> Int[Tensor, " b"]:
         """Labels (B,) of prompts: a class name, its number (3 or "3"), or "" for no class.
 
-        Raises ValueError naming the prompt that is none of these.
+        Raises ValueError naming the prompt that is none of these, or if there is no prompt at all.
         """
-        names = {name: i for i, name in enumerate(self.config.class_names)}
+        names = {name.lower(): i for i, name in enumerate(self.config.class_names)}
         names |= {str(i): i for i in range(self.num_classes)} | {"": self.num_classes}
         prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
+        if not prompts:
+            raise ValueError('got an empty list of prompts: give at least one, [""] for one picture of no class')
         for p in prompts:
             if str(p).lower() not in names:
                 raise ValueError(f"unknown prompt {p!r}: use a class number 0 … {self.num_classes - 1} or one of "
@@ -91,7 +93,7 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
     `output_type="pt"`, PIL images otherwise.
     """
 
-    _optional_components = ["text_encoder", "tokenizer"]
+    _optional_components: ClassVar = ["text_encoder", "tokenizer"]
 
     def __init__(
         self,
@@ -128,7 +130,7 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
         """Class tokens (B, 1, dim) and their position ids (B, 1, 4), all zero. Raises ValueError as `labels` does."""
         device = device or self._execution_device
         if prompt_embeds is None:
-            prompt_embeds = self.class_embedder(self.class_embedder.labels(prompt or "").to(device))
+            prompt_embeds = self.class_embedder(self.class_embedder.labels("" if prompt is None else prompt).to(device))
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, torch.zeros(*prompt_embeds.shape[:2], 4, device=device)
 

@@ -29,11 +29,17 @@ class FlowMatchAdamsBashforthScheduler(FlowMatchEulerDiscreteScheduler, Schedule
         return_dict: bool = True,
         **_,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Float[Tensor, "b *s"]]:
-        """One step from `timestep` to the next of the grid; `model_output` is the velocity there."""
+        """One step from `timestep` to the next of the grid; `model_output` is the velocity there.
+
+        Raises ValueError for a configuration with `stochastic_sampling`: this is a method for the noiseless path.
+        """
+        if self.config.stochastic_sampling:
+            raise ValueError(
+                "stochastic_sampling is True, but Adams-Bashforth follows the path without noise; set False"
+            )
         if self.step_index is None:
             self._init_step_index(timestep)
-        if self.step_index == (self.begin_index or 0):  # a new generation knows nothing of the last one
-            self._previous = None
+            self._previous = None  # a new generation, wherever it starts, knows nothing of the last one
         h = float(self.sigmas[self.step_index + 1] - self.sigmas[self.step_index])
         velocity = model_output.to(torch.float32)
         slope = velocity

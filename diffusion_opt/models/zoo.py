@@ -51,15 +51,19 @@ def _open(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     try:
         class_name = json.loads(index.read_text()).get("_class_name")
     except json.JSONDecodeError as error:
-        raise CorruptFileError(f"{index} is not valid JSON ({error}); restore it with git or download it anew") from error
+        raise CorruptFileError(
+            f"{index} is not valid JSON ({error}); restore it with git or download it anew"
+        ) from error
     pipeline_class = TinyFlux2Pipeline if class_name == TinyFlux2Pipeline.__name__ else DiffusionPipeline
+    bars = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()  # opening a few megabytes needs no bar
     try:
         return pipeline_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
     finally:
-        diffusers_logging.enable_progress_bar()
+        if bars:
+            diffusers_logging.enable_progress_bar()
 
 
 def load(
@@ -93,5 +97,14 @@ def ship(pipe: TinyFlux2Pipeline, folder: Path, card: str) -> None:
         if isinstance(part, nn.Module):
             nn.Module.to(part, torch.float16)
     half.save_pretrained(folder, safe_serialization=True)
+    _forget_origin(folder)
     (folder / "README.md").write_text(card)
     write_sums(folder)
+
+
+def _forget_origin(folder: Path) -> None:
+    """Drop `_name_or_path` from saved configs: diffusers notes there which folder of this machine a part came from."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -122,5 +122,5 @@ def test_weights_of_another_layout_are_refused(tmp_path: Path) -> None:
     save_features(FashionFeatures(FeatureConfig("fashion", 28)), tmp_path)
     save_file({"stranger": torch.zeros(1)}, tmp_path / "model.safetensors")
     write_sums(tmp_path)
-    with pytest.raises(CorruptFileError, match="does not fit config.json"):
+    with pytest.raises(CorruptFileError, match=r"does not fit config\.json"):
         read_features(tmp_path)

@@ -52,7 +52,7 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     rise = peak_memory(lambda: torch.ones(size, dtype=torch.uint8))
     if rise is None:
         pytest.skip("this system does not let a process reset its high-water mark")
-    assert size <= rise < 1.5 * size
+    assert 0.97 * size <= rise < 1.5 * size
     assert peak_memory(lambda: None) < size // 8
 
 

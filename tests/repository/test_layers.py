@@ -61,7 +61,8 @@ def test_each_module_is_short_explains_itself_and_catches_by_name(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):
             caught = "" if node.type is None else ast.unparse(node.type)
-            assert caught not in ("", "Exception", "BaseException"), f"line {node.lineno} catches everything"
+            passes_on = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None  # a rollback
+            assert passes_on or caught not in ("", "Exception", "BaseException"), f"line {node.lineno} hides any error"
 
 
 def test_no_module_is_named_after_nothing():

@@ -1,4 +1,4 @@
-"""Nothing in the repository names the machine it was made on or a package registry, and its own links lead somewhere."""
+"""Nothing in the repository names the machine it was made on or a package registry; its own links lead somewhere."""
 
 import json
 import re
@@ -28,7 +28,7 @@ TEXT = {
 }
 
 # Written in two pieces, so that this file does not hold what it looks for.
-MACHINE = ["/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/", "/Us" + "ers/", "file:" + "//", "C:" + "\\"]
+MACHINE = ["/wor" + "k/", "/roo" + "t/", "/ho" + "me/", "/Us" + "ers/", "file:" + "//", "C:" + "\\"]
 REGISTRY = ["index-" + "url", "find-" + "links", "pypi." + "org", "python" + "hosted", "download.py" + "torch.org"]
 ALLOWED = {("tools/install.py", "download.py" + "torch.org")}  # see the comment there: nowhere else to get CPU wheels
 

@@ -58,6 +58,10 @@ class OdePairs:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device | str) -> "OdePairs":
+        """The same trajectories on a device."""
+        return OdePairs(self.states.to(device), self.labels.to(device), self.times.to(device), self.num_classes)
+
 
 def sample_noise(indices: range, shape: tuple[int, ...], seed: int) -> Float[Tensor, "n *s"]:
     """Noise (N, *shape) in which row i depends on (seed, i) only."""

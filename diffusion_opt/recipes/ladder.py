@@ -1,0 +1,132 @@
+"""The ladder: from the teacher as it comes to everything combined, each rung a recipe, all measured in one run.
+
+Every rung starts from a fresh copy of the teacher, makes the same images (same noise, same classes) and is timed in
+turns with the others, so a speed-up is a ratio of medians under one protocol. The first rung is the reference; the
+second, a better solver with fewer steps, is what each later one has to beat to have earned its place.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusion_opt.caching import TeaCache
+from diffusion_opt.evaluation import Measurement, Rung, measure_together, speedup
+from diffusion_opt.models import load
+from diffusion_opt.quantization import DynamicInt8
+from diffusion_opt.recipes.recipe import Recipe
+from diffusion_opt.recipes.sampling import Compile, Solver, Student
+
+TEACHER = "teacher"
+FASHION_LADDER: dict[str, Recipe] = {
+    TEACHER: Recipe(),
+    "better solver": Recipe((Solver(12),)),
+    "+ step cache": Recipe((Solver(12), TeaCache(0.3))),
+    "+ INT8": Recipe((Solver(12), DynamicInt8(), TeaCache(0.3))),
+    "4-step student": Recipe((Student("fashion-4step"),)),
+    "1-step student": Recipe((Student("fashion-1step"),)),
+    "combined": Recipe((Student("fashion-1step"), DynamicInt8())),
+}
+
+
+@dataclass(frozen=True)
+class LadderResult:
+    """What a run of the ladder measured: one `Measurement` and one line of description a rung, and example images."""
+
+    measurements: dict[str, Measurement]
+    descriptions: dict[str, str]
+    images: dict[str, torch.Tensor]  # rung -> (N, 1, H, W) in [-1, 1], the same noise and classes on each rung
+    skipped: dict[str, str]  # rung -> why it could not run on this machine
+
+    def speedup(self, name: str) -> float:
+        """Time of the teacher over time of a rung, per image."""
+        return speedup(self.measurements[TEACHER], self.measurements[name])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a rung, the teacher first, with the fields of the report."""
+        return [
+            {
+                "name": name,
+                "recipe": self.descriptions[name],
+                "nfe": m.nfe,
+                "macs_per_image": m.macs,
+                "ms_per_image": m.ms_per_image,
+                "speedup": self.speedup(name),
+                "weight_mb": m.weight_bytes / 1e6,
+                "fid": m.quality.distance,
+                "fid_low": m.quality.distance_low,
+                "fid_high": m.quality.distance_high,
+                "fid_floor": m.quality.floor,
+                "precision": m.quality.precision,
+                "recall": m.quality.recall,
+                "class_agreement": m.quality.class_agreement,
+                "distance_to_teacher": m.quality.teacher.feature_rms if m.quality.teacher else 0.0,
+                "features": m.quality.metric,
+            }
+            for name, m in self.measurements.items()
+        ]
+
+
+def as_rung(pipe: DiffusionPipeline) -> Rung:
+    """A pipeline as something to measure: labels and a generator in, images in [-1, 1] out."""
+
+    def generate(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        images = pipe(prompt=labels.tolist(), generator=generator, output_type="pt").images
+        return images * 2 - 1
+
+    return Rung(generate, pipe.transformer)
+
+
+def measure(pipe: DiffusionPipeline, *, device: str = "cpu", **settings: Any) -> Measurement:
+    """Speed, cost and quality of one pipeline; settings as in `evaluation.measure_together`.
+
+    To compare pipelines measure them together (`measure_together`, `run_ladder`): times of separate runs do not compare.
+    """
+    rungs = {"pipeline": as_rung(pipe)}
+    num_classes = pipe.class_embedder.num_classes
+    return measure_together(rungs, num_classes=num_classes, device=device, **settings)["pipeline"]
+
+
+def run_ladder(
+    recipes: Mapping[str, Recipe] = FASHION_LADDER,
+    *,
+    model: str = "fashion",
+    num_samples: int = 500,
+    batch_size: int = 50,
+    seed: int = 0,
+    device: str = "cpu",
+    compile: bool = False,
+    progress: bool = True,
+) -> LadderResult:
+    """Measure all rungs together.
+
+    On a GPU the rungs that hold a CPU-only technique are left out and named in `skipped`; with `compile` the blocks of
+    every rung are compiled. Raises ValueError if a recipe does not fit the model.
+    """
+    pipes, skipped = {}, {}
+    for name, recipe in recipes.items():
+        if device != "cpu" and any(isinstance(t, DynamicInt8) for t in recipe.techniques):
+            skipped[name] = "the INT8 linears of this package's first version run on a CPU only"
+            continue
+        if compile:
+            recipe = Recipe((*recipe.techniques, Compile()))
+        pipe = load(model, device=device)
+        pipe.set_progress_bar_config(disable=True)
+        pipes[name] = recipe.apply(pipe)
+    images: dict[str, torch.Tensor] = {}
+    measurements = measure_together(
+        {name: as_rung(pipe) for name, pipe in pipes.items()},
+        num_samples=num_samples,
+        batch_size=batch_size,
+        num_classes=pipes[TEACHER].class_embedder.num_classes,
+        seed=seed,
+        device=device,
+        progress=progress,
+        images=images,
+    )
+    descriptions = {name: recipes[name].describe() for name in pipes}
+    guidance = pipes[TEACHER].config.default_guidance
+    descriptions[TEACHER] = f"{pipes[TEACHER].config.default_steps} Euler steps, guidance {guidance:g}"
+    return LadderResult(measurements, descriptions, images, skipped)

@@ -1,0 +1,137 @@
+"""A recipe: techniques in order, as data.
+
+    Recipe((Student("fashion-1step"), DynamicInt8())).apply(pipe)
+
+A recipe is checked before anything is touched: techniques of one kind exclude each other and the order is the one in
+which they can act (what is sampled, then how weights are stored, then what is reused, then compilation). If one of
+them refuses the pipeline, those already applied are taken back and the pipeline is as it was. Recipes are plain JSON:
+
+    {"techniques": [{"technique": "student", "model": "fashion-1step"}, {"technique": "dynamic_int8"}]}
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from diffusers import DiffusionPipeline
+
+from diffusion_opt.caching import TeaCache
+from diffusion_opt.quantization import DynamicInt8, ModeloptPTQ
+from diffusion_opt.recipes.sampling import Compile, Solver, Student
+
+
+class Technique(Protocol):
+    """A frozen dataclass that acts on a pipeline in place."""
+
+    def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """Act, and return the pipeline. Raises ValueError with the reason if this pipeline does not allow it."""
+        ...
+
+    def remove(self, pipe: DiffusionPipeline) -> None:
+        """Undo `apply`; the output is bit-identical to what it was."""
+        ...
+
+    def describe(self) -> str:
+        """One line for tables."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a technique changes (two of one kind exclude each other) and its place in the order."""
+
+    place: int
+    name: str
+
+
+WHAT, HOW, STORED, REUSED, COMPILED = (
+    Kind(0, "network"),
+    Kind(1, "solver"),
+    Kind(2, "weights"),
+    Kind(3, "step cache"),
+    Kind(4, "compilation"),
+)
+TECHNIQUES: dict[str, tuple[type, Kind]] = {
+    "student": (Student, WHAT),
+    "solver": (Solver, HOW),
+    "dynamic_int8": (DynamicInt8, STORED),
+    "modelopt_ptq": (ModeloptPTQ, STORED),
+    "tea_cache": (TeaCache, REUSED),
+    "compile": (Compile, COMPILED),
+}
+_NAMES = {technique: name for name, (technique, _) in TECHNIQUES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Techniques in the order in which they are applied; the empty recipe is the pipeline as it comes."""
+
+    techniques: tuple[Technique, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "techniques", tuple(self.techniques))
+        for technique in self.techniques:
+            if type(technique) not in _NAMES:
+                raise ValueError(f"unknown technique {technique!r}; there are {', '.join(TECHNIQUES)}")
+        kinds = [TECHNIQUES[_NAMES[type(t)]][1] for t in self.techniques]
+        for first, second in zip(kinds, kinds[1:], strict=False):
+            if first == second:
+                raise ValueError(f"a recipe can change the {first.name} once, got two techniques that do")
+            if first.place > second.place:
+                raise ValueError(f"the {second.name} must be changed before the {first.name}; swap the two techniques")
+
+    def describe(self) -> str:
+        """One line."""
+        return " + ".join(t.describe() for t in self.techniques) or "as it comes"
+
+    def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """Apply all techniques, or none: if one refuses (ValueError), the pipeline is put back as it was."""
+        done: list[Technique] = []
+        try:
+            for technique in self.techniques:
+                technique.apply(pipe)
+                done.append(technique)
+        except BaseException:
+            for technique in reversed(done):
+                technique.remove(pipe)
+            raise
+        return pipe
+
+    def remove(self, pipe: DiffusionPipeline) -> None:
+        """Take all techniques back, last first."""
+        for technique in reversed(self.techniques):
+            technique.remove(pipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"techniques": [{"technique": _NAMES[type(t)], **asdict(t)} for t in self.techniques]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Recipe":
+        """The inverse of `to_dict`. Raises ValueError naming the unknown technique or field."""
+        techniques = []
+        for entry in data["techniques"]:
+            settings = dict(entry)
+            name = settings.pop("technique", None)
+            if name not in TECHNIQUES:
+                raise ValueError(f"unknown technique {name!r} in recipe; there are {', '.join(TECHNIQUES)}")
+            technique = TECHNIQUES[name][0]
+            if unknown := set(settings) - {f.name for f in fields(technique)}:
+                raise ValueError(f"technique {name!r} has no setting {sorted(unknown)[0]!r}")
+            techniques.append(technique(**settings))
+        return cls(tuple(techniques))
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """Read a recipe from a JSON file."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+def apply(pipe: DiffusionPipeline, *techniques: Technique) -> DiffusionPipeline:
+    """Apply techniques to a pipeline: short for `Recipe(techniques).apply(pipe)`."""
+    return Recipe(techniques).apply(pipe)

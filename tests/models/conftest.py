@@ -1,0 +1,50 @@
+"""A FLUX.2 of 60 thousand parameters whose output depends on all its inputs: fresh modulations are zero, so fill them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_opt.models import TinyFlux2Config, TinyFlux2Pipeline, build_pipeline
+
+TINY = TinyFlux2Config(image_size=16, num_heads=2, head_dim=16, num_single=1, text_dim=24)
+
+
+def fill(module: nn.Module, seed: int = 0) -> None:
+    """Give weights that start at zero small random values."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if "modulation" in name or name.startswith(("norm_out", "proj_out")):
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def make_pipe() -> Callable[..., TinyFlux2Pipeline]:
+    def make(config: TinyFlux2Config = TINY, **settings) -> TinyFlux2Pipeline:
+        pipe = build_pipeline(config)
+        fill(pipe.transformer)
+        pipe.register_to_config(**settings)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def pipe(make_pipe) -> TinyFlux2Pipeline:
+    return make_pipe()
+
+
+@pytest.fixture
+def count_calls() -> Callable[[nn.Module], list]:
+    """Note the batch size of each forward of a module in the list returned."""
+
+    def count(module: nn.Module) -> list[int]:
+        calls = []
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append(len(kwargs["timestep"])), with_kwargs=True
+        )
+        return calls
+
+    return count
