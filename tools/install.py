@@ -123,9 +123,18 @@ def is_current(venv: Path, mark: str, choice: str) -> bool:
     return found.get("fingerprint") == mark and choice in ("auto", found.get("torch"))
 
 
+def venv_version(venv: Path) -> str:
+    """The Python that `venv` was made with, such as "3.11.7"; "" if there is none."""
+    settings = venv / "pyvenv.cfg"
+    if not venv_python(venv).exists() or not settings.exists():
+        return ""
+    match = re.search(r"^version\s*=\s*(\S+)", settings.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return match.group(1) if match else ""
+
+
 def make_venv(venv: Path, rebuild: bool) -> None:
-    """Create `venv` if it is missing, broken or to be rebuilt. Raises InstallError with the fix."""
-    if venv_python(venv).exists() and not rebuild:
+    """Create `venv` if it is missing, broken, of another Python, or to be rebuilt. Raises InstallError with the fix."""
+    if venv_version(venv) == sys.version.split()[0] and not rebuild:
         return
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -148,6 +157,7 @@ def install(venv: Path, choice: str, rebuild: bool, mark: str) -> None:
     make_venv(venv, rebuild)
     stamp, log, python = venv / "diffusion-opt-stamp.json", venv / "install.log", venv_python(venv)
     stamp.unlink(missing_ok=True)
+    log.write_text("", encoding="utf-8")
 
     def run(arguments: list[str]) -> bool:
         return run_pip(python, arguments, log)
@@ -156,8 +166,9 @@ def install(venv: Path, choice: str, rebuild: bool, mark: str) -> None:
     install_torch(run, pin, choice, sys.platform == "linux", has_nvidia_driver())
     print("[3/3] everything else (about 170 packages, a few minutes the first time)", flush=True)
     if not run(["install", "-e", ".[lab,test]", "-c", "constraints.txt"]):
-        tail = [line for line in log.read_text(encoding="utf-8").splitlines() if "ERROR" in line][-1:]
-        raise InstallError(f"pip failed: {' '.join(tail) or 'no message'}; all of its output is in .venv/{log.name}")
+        output = log.read_text(encoding="utf-8").rpartition("\n$ ")[2]
+        reason = next((line for line in output.splitlines() if line.startswith("ERROR")), "no message")
+        raise InstallError(f"pip failed: {reason}; all of its output is in .venv/{log.name}")
     stamp.write_text(json.dumps({"fingerprint": mark, "torch": choice}), encoding="utf-8")
     print(f"ready in {time.monotonic() - began:.0f} s; next: make demo, make lab, or .venv/bin/diffusion-opt doctor")
 

@@ -6,7 +6,8 @@ of each installed package, and note each version met. The file holds no address 
 package index, mirror or folder of wheels, and pip accepts the CPU build of torch where the pin says `torch==2.13.0`.
 
 NVIDIA's CUDA libraries are left out: torch's own requirements pin them, and only on machines that use them. Packages
-that only another operating system or Python needs are not installed here, hence not listed; pip then picks them.
+that only another operating system or Python needs are not installed here, hence not listed; pip then picks them. A
+release that asks for a later Python than the project does (3.11.5, say) is pinned only from there on.
 
     .venv/bin/python tools/lock.py            rewrite constraints.txt (also: make lock)
     .venv/bin/python tools/lock.py --check    only compare, exit 1 on a difference
@@ -50,6 +51,19 @@ def wanted(marker: str, extras: frozenset[str]) -> bool:
     return not named or any(extra in extras for extra in named)
 
 
+def needs_newer(python: str, oldest: tuple[int, ...]) -> str:
+    """The lower bound in a Requires-Python such as `>=3.11.5,<4` if it lies above `oldest`, else ""."""
+    bounds = re.findall(r">=?\s*(\d+(?:\.\d+)*)", python)
+    newest = max(bounds, key=as_tuple, default="0")
+    return newest if as_tuple(newest) > oldest else ""
+
+
+def as_tuple(version: str) -> tuple[int, ...]:
+    """`3.11` as (3, 11, 0)."""
+    parts = [int(part) for part in version.split(".")]
+    return tuple(parts + [0] * (3 - len(parts)))
+
+
 def closure(requirements: list[str]) -> dict[str, str]:
     """Version by canonical name of every installed package that the requirements lead to."""
     versions: dict[str, str] = {}
@@ -72,15 +86,16 @@ def closure(requirements: list[str]) -> dict[str, str]:
     return versions
 
 
-def project_requirements(pyproject: Path) -> list[str]:
-    """The project's own requirements, with those of the extras `lab` and `test`."""
+def read_project(pyproject: Path) -> tuple[list[str], tuple[int, ...]]:
+    """The project's own requirements, with those of the extras `lab` and `test`, and the oldest Python it supports."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
-    return [*project["dependencies"], *(line for extra in EXTRAS for line in optional[extra])]
+    requirements = [*project["dependencies"], *(line for extra in EXTRAS for line in optional[extra])]
+    return requirements, as_tuple(re.search(r">=\s*([\d.]+)", project["requires-python"])[1])
 
 
-def render(requirements: list[str]) -> str:
-    """The text of constraints.txt. Raises LookupError if a direct requirement is not installed here."""
+def render(requirements: list[str], oldest: tuple[int, ...]) -> str:
+    """The text of constraints.txt for Pythons from `oldest` on. Raises LookupError if a requirement is missing here."""
     versions = closure(requirements)
     markers = {name: marker for name, _, marker in map(parse, requirements) if marker}
     missing = sorted({name for name, _, _ in map(parse, requirements)} - set(versions))
@@ -90,7 +105,8 @@ def render(requirements: list[str]) -> str:
     for name, version in sorted(versions.items()):
         if name.startswith(("nvidia-", "cuda")) and name not in KEPT_NVIDIA:
             continue
-        marker = markers.get(name, "")
+        later = needs_newer(metadata.metadata(name).get("Requires-Python") or "", oldest)
+        marker = markers.get(name) or (f"python_full_version >= '{later}'" if later else "")
         lines.append(f"{name}=={version}" + (f" ; {marker}" if marker else ""))
     head = "# Written by tools/lock.py: the versions tested together. Change pyproject.toml, then `make lock`."
     return "\n".join([head, *lines]) + "\n"
@@ -102,7 +118,7 @@ def main() -> int:
     arguments = parser.parse_args()
     target = ROOT / "constraints.txt"
     try:
-        text = render(project_requirements(ROOT / "pyproject.toml"))
+        text = render(*read_project(ROOT / "pyproject.toml"))
     except LookupError as error:
         print(f"tools/lock.py: {error}", file=sys.stderr)
         return 1

@@ -13,11 +13,12 @@ hands its inputs on untouched and the last one adds the residual that the contro
 diffusers' own caches cut at each block and need a registry of what every block class takes and returns; its
 FirstBlockCache cannot run FLUX.2, whose two kinds of block differ. A cut at the stack needs none of that. The hooks are
 diffusers' `ModelHook`s on the instances, so nothing is forked or patched on a class, `cache_context` reaches them as it
-reaches any of its caches, and pipelines reset them after a call. One limit comes with them: a module with such hooks cannot be
-deep-copied (the copy would run the blocks of the original), so trying to is an error here.
+reaches any of its caches, and pipelines reset them after a call. One limit comes with them: a module with such hooks
+cannot be deep-copied (the copy would run the blocks of the original), so trying to is an error here.
 """
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -170,6 +171,8 @@ class _PassHook(_CutHook):
         times = given["timestep"].reshape(-1)
         # Training, and batches of mixed times, are none of a cache's business: the blocks run as ever.
         alone = torch.is_grad_enabled() or not bool((times == times[0]).all())
+        if torch.is_grad_enabled() and not module.training:
+            warnings.warn("gradients are on, so the step cache is off: sample under torch.no_grad()", stacklevel=2)
         self.cut.call = None if alone else (self.context.name, self.context.step, float(times[0]))
         self.cut.stack = self.cut.skipped = None
         return args, kwargs

@@ -27,6 +27,7 @@ from diffusion_opt.caching.predictors import Anchor, Extrapolation
 from diffusion_opt.caching.stack import StackInput, attached_cut
 
 DEFAULT_CONTEXT = "default"  # of passes outside any `cache_context`
+TIMESTEP_SCALE = 1000  # FLUX.2's pipelines divide the scheduler's timesteps by this
 
 
 class Rule(Protocol):
@@ -115,6 +116,8 @@ class StepCache:
         if name == now.leader:
             now.time = stack.time
             now.skip = self.rule.skip(stack, forced=not ready or self._is_last(stack))
+        elif stack.time != now.time:  # the leader sat this step out, so there is no decision to follow
+            now.time, now.skip = stack.time, False
         skipped = now.skip and ready
         now.passes.setdefault(name, []).append((stack.time, not skipped))
         return self.predictor.predict(anchors, stack.time) if skipped else None
@@ -168,8 +171,7 @@ class StepCache:
         pipe = self._pipe()
         if pipe is None:
             return False
-        last = float(pipe.scheduler.timesteps[-1]) / pipe.scheduler.config.num_train_timesteps
-        return stack.time <= last * (1 + 1e-3)
+        return stack.time <= float(pipe.scheduler.timesteps[-1]) / TIMESTEP_SCALE * (1 + 1e-3)
 
 
 def _kind(tensor: Tensor) -> tuple:
@@ -180,5 +182,7 @@ def step_cache_report(pipe: DiffusionPipeline) -> StepCacheReport:
     """What the step cache on a pipeline did in its last generation. Raises ValueError if there is no step cache."""
     cut = attached_cut(pipe.transformer)
     if cut is None or not isinstance(cut.controller, StepCache):
-        raise ValueError("there is no step cache on this pipeline: apply one first, for example TeaCache(threshold=0.1)")
+        raise ValueError(
+            "there is no step cache on this pipeline: apply one first, for example TeaCache(threshold=0.1)"
+        )
     return cut.controller.report()

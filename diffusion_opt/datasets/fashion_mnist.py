@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 60,000 + 10,000 grey pictures of clothes, 28x28, ten classes (Xiao et al. 2017, arXiv 1708.07747).
+"""Fashion-MNIST: 60,000 + 10,000 gray pictures of clothes, 28x28, ten classes (Xiao et al. 2017, arXiv 1708.07747).
 
 Small, real and MIT-licensed, so it lies in the repository as its four original IDX files: a big-endian header (two zero
 bytes, a type byte, the number of dimensions, then each dimension as a 32-bit integer) and the raw bytes. The loader

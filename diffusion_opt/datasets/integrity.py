@@ -10,7 +10,7 @@ from pathlib import Path
 SUMS = "SHA256SUMS"
 
 
-class CorruptFileError(RuntimeError):
+class CorruptFileError(OSError):
     """A shipped file is missing, truncated or altered; the message names it and says what to do."""
 
 

@@ -45,6 +45,5 @@ def _ends(name: str, control: object) -> tuple:
             return tuple(control._options_values)
         if isinstance(control, widgets.Checkbox | widgets.ToggleButton):
             return (False, True)
-    raise TypeError(
-        f"control {name!r} must be a slider, a list of options or a checkbox of ipywidgets, got {type(control).__name__}"
-    )
+    found = type(control).__name__
+    raise TypeError(f"control {name!r} must be a slider, a list of options or a checkbox of ipywidgets, got {found}")

@@ -122,7 +122,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     maker = _Generator(1)
     with pytest.raises(ValueError, match="at least one rung"):
         measure_together({})
-    with pytest.raises(ValueError, match="got 0 and 10"):
+    with pytest.raises(ValueError, match="got 0, 5 and 10"):
         measure_together({"only": Rung(maker, maker.layer)}, batch_size=0, num_samples=10)
 
 

@@ -1,4 +1,4 @@
-"""A FLUX.2 of 60 thousand parameters whose output depends on all its inputs: fresh modulations are zero, so fill them."""
+"""A FLUX.2 of 60 thousand parameters whose output depends on all its inputs: weights that start at zero are filled."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Adams-Bashforth as a diffusers scheduler: second order, interchangeable with Euler's, forgetful between generations."""
+"""Adams-Bashforth as a diffusers scheduler: second order, in Euler's place, forgetful between generations."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_configuration_goes_to_and_fro():
 
 def test_dtype_of_the_sample_and_tuple_output_are_kept():
     scheduler = FlowMatchAdamsBashforthScheduler()
-    scheduler.set_timesteps(2)
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
     x = torch.ones(3, 2, dtype=torch.bfloat16)
     (moved,) = scheduler.step(x, scheduler.timesteps[0], x, return_dict=False)
     assert moved.dtype == torch.bfloat16 and (moved == 0.5).all()

@@ -153,4 +153,17 @@ def test_lock_follows_requirements_and_drops_the_build_of_torch():
 def test_lock_names_what_is_not_installed():
     lock = load_tool("lock")
     with pytest.raises(LookupError, match="not installed here: no-such-package"):
-        lock.render(["torch", "no-such-package>=1"])
+        lock.render(["torch", "no-such-package>=1"], (3, 11, 0))
+
+
+def test_lock_pins_for_every_supported_python():
+    lock = load_tool("lock")
+    assert lock.needs_newer(">=3.11.5,<4", (3, 11, 0)) == "3.11.5"
+    for fine in ("", ">=3.9", ">=3.11", ">= 3.11.0", "!=3.11.3,>=3.8", "<3.15,>=3.10"):
+        assert lock.needs_newer(fine, (3, 11, 0)) == ""
+    _, oldest = lock.read_project(ROOT / "pyproject.toml")
+    assert f"{oldest[0]}.{oldest[1]}" in PROJECT["requires-python"]
+    for name, pin in constraints().items():
+        asked = SpecifierSet(metadata.metadata(name).get("Requires-Python") or "")
+        excluded = not asked.contains(Version(".".join(map(str, oldest))))
+        assert excluded <= (pin.marker is not None), f"{name} cannot be installed on Python {oldest}: run `make lock`"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,6 +117,19 @@ def test_fingerprint_follows_the_lists_and_the_place(installer, tmp_path):
     assert installer.fingerprint(one) != before
 
 
+def test_environment_of_another_python_is_made_anew(installer, venv, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        installer.subprocess, "run", lambda command, check: made.append(command) or SimpleNamespace(returncode=0)
+    )
+    (venv / "pyvenv.cfg").write_text(f"home = x\nversion = {sys.version.split()[0]}\n")
+    installer.make_venv(venv, rebuild=False)
+    assert not made
+    (venv / "pyvenv.cfg").write_text("home = x\nversion = 3.9.1\n")
+    installer.make_venv(venv, rebuild=False)
+    assert len(made) == 1 and "--clear" in made[0]
+
+
 def test_missing_ensurepip_names_the_debian_package(installer, tmp_path, monkeypatch):
     monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(installer.InstallError, match=r"sudo apt install python3\.\d+-venv"):
@@ -131,7 +145,8 @@ def test_unsupported_python_is_named_and_nothing_is_made(installer, tmp_path, mo
 
 def test_failed_pip_leaves_no_stamp_and_names_the_log(installer, tmp_path, monkeypatch):
     def failing_pip(python, arguments, log):
-        log.write_text("Collecting x\nERROR: no such thing\n")
+        with log.open("a") as record:
+            record.write(f"\n$ pip {arguments}\nERROR: {'no such thing' if '-c' in arguments else 'no torch here'}\n")
         return "-c" not in arguments
 
     monkeypatch.setattr(installer, "make_venv", lambda venv, rebuild: venv.mkdir())

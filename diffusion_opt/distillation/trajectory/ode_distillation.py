@@ -27,9 +27,9 @@ from diffusion_opt.flow import ClassCondition, expand_time
 
 def pseudo_huber(difference: Float[Tensor, "b *s"], scale: float = 0.03) -> Float[Tensor, " b"]:
     """sqrt(|difference|^2 + c^2) - c per item, c = scale * sqrt(elements); smooth near 0, linear far from it."""
-    flat = difference.flatten(1)
-    c = scale * math.sqrt(flat.shape[1])
-    return (flat.square().sum(1) + c**2).sqrt() - c
+    squared = difference.flatten(1).square().sum(1)
+    c = scale * math.sqrt(difference[0].numel())
+    return squared / ((squared + c**2).sqrt() + c)  # the same number without cancellation near 0
 
 
 @dataclass

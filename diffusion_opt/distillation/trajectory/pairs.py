@@ -48,11 +48,11 @@ class PairConfig:
 
 @dataclass(frozen=True)
 class OdePairs:
-    """Trajectories in memory: `states` (N, rungs + 1, C, H, W) from noise to picture, `labels` (N,), `times` (rungs + 1,)."""
+    """Trajectories in memory: `states` (N, rungs + 1, *image) from noise to picture, `labels` (N,), `times` (rungs + 1,)."""
 
-    states: Float[Tensor, "n r c h w"]
+    states: Float[Tensor, "n rungs *s"]
     labels: Int[Tensor, " n"]
-    times: Float[Tensor, " r"]
+    times: Float[Tensor, " rungs"]
     num_classes: int
 
     def __len__(self) -> int:
@@ -64,9 +64,14 @@ class OdePairs:
 
 
 def sample_noise(indices: range, shape: tuple[int, ...], seed: int) -> Float[Tensor, "n *s"]:
-    """Noise (N, *shape) in which row i depends on (seed, i) only."""
+    """Noise (N, *shape) in which row i depends on (seed, i) only.
+
+    torch's CPU generator keeps the low 32 bits of a seed. Ours lie in the upper half of them, away from the small
+    seeds that people and evaluations use, so that no student is judged on noise it was trained on.
+    """
     generator = torch.Generator()
-    return torch.stack([torch.randn(shape, generator=generator.manual_seed(seed * 2**32 + i)) for i in indices])
+    seeds = [2**31 + (seed * 10_000_019 + i) % 2**31 for i in indices]
+    return torch.stack([torch.randn(shape, generator=generator.manual_seed(s)) for s in seeds])
 
 
 @torch.no_grad()

@@ -1,0 +1,145 @@
+"""Recipes: checked before they act, all or nothing, reversible to the bit, plain JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import diffusion_opt
+from diffusion_opt.models import FlowMatchAdamsBashforthScheduler, TinyFlux2Pipeline
+from diffusion_opt.quantization import DynamicInt8
+from diffusion_opt.recipes import TECHNIQUES, Compile, Recipe, Solver, Student, apply
+
+
+def images(pipe: TinyFlux2Pipeline) -> torch.Tensor:
+    return pipe([3, "bag"], generator=torch.Generator().manual_seed(5), output_type="pt").images
+
+
+class _Refuses:
+    """A technique that never fits."""
+
+
+def test_solver_changes_steps_and_scheduler_and_back(pipe: TinyFlux2Pipeline) -> None:
+    before = images(pipe)
+    technique = Solver(3)
+    technique.apply(pipe)
+    assert isinstance(pipe.scheduler, FlowMatchAdamsBashforthScheduler)
+    passes = []
+    handle = pipe.transformer.register_forward_hook(lambda *_: passes.append(1))
+    assert not torch.equal(images(pipe), before)
+    handle.remove()
+    assert len(passes) == 6  # 3 steps, two passes each for guidance
+    technique.remove(pipe)
+    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert torch.equal(images(pipe), before)
+
+
+def test_euler_with_the_teacher_s_own_steps_changes_nothing(pipe: TinyFlux2Pipeline) -> None:
+    before = images(pipe)
+    assert torch.equal(images(Solver(6, "euler").apply(pipe)), before)
+
+
+def test_heun_pays_two_passes_a_step(pipe: TinyFlux2Pipeline) -> None:
+    passes = []
+    pipe.transformer.register_forward_hook(lambda *_: passes.append(1))
+    images(Solver(2, "heun").apply(pipe))
+    assert len(passes) == 2 * (2 * 2 - 1)  # diffusers' Heun ends with an Euler step
+
+
+def test_student_replaces_network_steps_and_guidance_and_back(
+    pipe: TinyFlux2Pipeline, student_folder: Path
+) -> None:
+    before = images(pipe)
+    technique = Student(str(student_folder))
+    technique.apply(pipe)
+    passes = []
+    handle = pipe.transformer.register_forward_hook(lambda *_: passes.append(1))
+    student = images(pipe)
+    handle.remove()
+    assert len(passes) == 1
+    assert torch.equal(student, images(diffusion_opt.load(student_folder)))
+    technique.remove(pipe)
+    assert torch.equal(images(pipe), before)
+
+
+def test_a_student_keeps_its_own_solver(pipe: TinyFlux2Pipeline, student_folder: Path) -> None:
+    before = images(pipe)
+    with pytest.raises(ValueError, match="distilled for its own steps"):
+        Recipe((Student(str(student_folder)), Solver(8))).apply(pipe)
+    assert torch.equal(images(pipe), before)  # the student was taken back
+    assert pipe.config.default_steps == 6
+
+
+def test_combined_recipe_is_undone_in_reverse(pipe: TinyFlux2Pipeline, student_folder: Path) -> None:
+    before = images(pipe)
+    recipe = Recipe((Student(str(student_folder)), DynamicInt8()))
+    recipe.apply(pipe)
+    assert not torch.equal(images(pipe), before)
+    recipe.remove(pipe)
+    assert torch.equal(images(pipe), before)
+
+
+def test_the_empty_recipe_changes_nothing(pipe: TinyFlux2Pipeline) -> None:
+    before = images(pipe)
+    assert torch.equal(images(Recipe().apply(pipe)), before)
+    assert Recipe().describe() == "as it comes"
+
+
+def test_order_and_conflicts_are_checked_before_anything_is_touched() -> None:
+    with pytest.raises(ValueError, match="change the solver once"):
+        Recipe((Solver(3), Solver(4)))
+    with pytest.raises(ValueError, match="the network must be changed before the weights"):
+        Recipe((DynamicInt8(), Student("fashion-1step")))
+    with pytest.raises(ValueError, match="unknown technique"):
+        Recipe((_Refuses(),))
+
+
+def test_recipes_round_trip_through_json(tmp_path: Path) -> None:
+    recipe = Recipe((Student("fashion-1step"), DynamicInt8(), Compile()))
+    recipe.save(tmp_path / "fast.json")
+    assert Recipe.load(tmp_path / "fast.json") == recipe
+    assert json.loads((tmp_path / "fast.json").read_text())["techniques"][0] == {
+        "technique": "student",
+        "model": "fashion-1step",
+    }
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"technique": "magic"}, "unknown technique 'magic'"),
+        ({"technique": "solver", "steps": 4, "order": 3}, "'solver' has no setting 'order'"),
+        ({"technique": "solver", "steps": 0}, "steps must be at least 1, got 0"),
+    ],
+)
+def test_a_bad_entry_is_named(entry: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict({"techniques": [entry]})
+
+
+def test_every_technique_has_the_verbs() -> None:
+    for technique, _ in TECHNIQUES.values():
+        assert all(callable(getattr(technique, verb)) for verb in ("apply", "remove", "describe"))
+
+
+def test_removing_what_was_not_applied_is_an_error(pipe: TinyFlux2Pipeline) -> None:
+    with pytest.raises(ValueError, match="Solver is not applied"):
+        Solver(3).remove(pipe)
+
+
+def test_apply_is_short_for_a_recipe(pipe: TinyFlux2Pipeline) -> None:
+    assert apply(pipe, Solver(2, "euler")) is pipe
+    assert pipe.config.default_steps == 2
+
+
+@pytest.mark.compiled
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_images(pipe: TinyFlux2Pipeline) -> None:
+    before = images(pipe)
+    technique = Compile()
+    technique.apply(pipe)
+    assert torch.allclose(images(pipe), before, atol=1e-4)
+    technique.remove(pipe)
+    assert torch.equal(images(pipe), before)
