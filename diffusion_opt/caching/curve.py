@@ -43,7 +43,7 @@ def fingerprint(transformer: nn.Module) -> str:
     digest = hashlib.sha256(transformer.__class__.__name__.encode())
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(transformer.state_dict().items()):
+    for name, weight in sorted(transformer.named_parameters()):
         if "transformer_blocks." not in name:
             digest.update(name.encode())
             digest.update(weight.detach().cpu().float().numpy().tobytes())

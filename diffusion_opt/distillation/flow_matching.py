@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_opt.datasets import ImageData
+from diffusion_opt.distillation.trainer import Role
 from diffusion_opt.flow import ClassCondition, interpolate, logit_normal_times, randn, velocity_target
 
 
@@ -24,7 +25,14 @@ class FlowMatching:
     data: ImageData
     drop_condition: float = 0.1  # share of samples trained without their class
 
-    def losses(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {"teacher": Role(self.model)}
+
+    def turn(self, step: int) -> str:
+        return "teacher"
+
+    def losses(self, generator: torch.Generator, batch_size: int, turn: str = "teacher") -> dict[str, Tensor]:
         """Mean squared velocity error of one random batch."""
         device = generator.device
         index = torch.randint(len(self.data), (batch_size,), generator=generator, device=device)

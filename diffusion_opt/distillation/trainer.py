@@ -29,19 +29,32 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+from diffusion_opt.distillation.training_log import TrainingLog
 
 CHECKPOINT = "checkpoint"
 SAME_TO_RESUME = ("batch_size", "learning_rate", "warmup_steps", "betas", "clip_norm", "ema_decay", "seed")
 
 
+@dataclass(frozen=True)
+class Role:
+    """A network in training. `rate` scales the run's learning rate for it."""
+
+    network: nn.Module
+    rate: float = 1.0
+
+
 class Distiller(Protocol):
     """What a method gives to the loop."""
 
-    model: nn.Module  # what is trained; its average is what ships
+    roles: dict[str, Role]  # what is trained, by name; the average of the first one is what ships
 
-    def losses(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
-        """The loss of one step as named scalars; "loss" is the one that is minimized, the rest is logged."""
+    def turn(self, step: int) -> str:
+        """Whose turn it is: the role that this step trains."""
+        ...
+
+    def losses(self, generator: torch.Generator, batch_size: int, turn: str) -> dict[str, Tensor]:
+        """The losses of one step as named scalars; "loss" is minimized over the role `turn`, the rest is logged."""
         ...
 
 
@@ -106,12 +119,19 @@ class _Run:
 
     def __init__(self, distiller: Distiller, config: TrainConfig, out: Path) -> None:
         self.distiller, self.config, self.out = distiller, config, out
-        self.model = distiller.model
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0, fused=True
-        )
+        self.shipped = next(iter(distiller.roles))
+        self.ema = copy.deepcopy(distiller.roles[self.shipped].network).requires_grad_(False)
+        self.ema_updates = 0
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                [p for p in role.network.parameters() if p.requires_grad],
+                lr=config.learning_rate,
+                betas=config.betas,
+                weight_decay=0.0,
+                fused=True,
+            )
+            for name, role in distiller.roles.items()
+        }
         self.step, self.seconds = 0, 0.0
 
     def save(self) -> None:
@@ -120,15 +140,21 @@ class _Run:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         fresh.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, fresh / "model.safetensors")
-        save_file({k: v.contiguous() for k, v in self.ema.state_dict().items()}, fresh / "ema.safetensors")
-        moments = {
-            f"{index}.{name}": value
-            for index, state in self.optimizer.state_dict()["state"].items()
-            for name, value in state.items()
+        save_file(_contiguous(self.ema.state_dict()), fresh / "ema.safetensors")
+        for name, role in self.distiller.roles.items():
+            save_file(_contiguous(role.network.state_dict()), fresh / f"{name}.safetensors")
+            moments = {
+                f"{index}.{key}": value
+                for index, state in self.optimizers[name].state_dict()["state"].items()
+                for key, value in state.items()
+            }
+            save_file(moments, fresh / f"{name}-optimizer.safetensors")
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "ema_updates": self.ema_updates,
+            "config": asdict(self.config),
         }
-        save_file(moments, fresh / "optimizer.safetensors")
-        state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
         (fresh / "state.json").write_text(json.dumps(state, indent=2))
         if final.is_dir():
             os.replace(final, old)
@@ -153,40 +179,49 @@ class _Run:
                     f"{folder} was trained with {name}={state['config'][name]}, now {now[name]}; "
                     "use the same settings to resume, or another output folder to start anew"
                 )
-        self.model.load_state_dict(load_file(folder / "model.safetensors"))
         self.ema.load_state_dict(load_file(folder / "ema.safetensors"))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
-            index, _, name = key.partition(".")
-            moments.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.step, self.seconds = state["step"], state["seconds"]
+        for name, role in self.distiller.roles.items():
+            role.network.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, value in load_file(folder / f"{name}-optimizer.safetensors").items():
+                index, _, part = key.partition(".")
+                moments.setdefault(int(index), {})[part] = value
+            groups = self.optimizers[name].state_dict()["param_groups"]
+            self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
+        self.step, self.seconds, self.ema_updates = state["step"], state["seconds"], state["ema_updates"]
         return True
 
     def update(self) -> dict[str, float]:
-        """One optimizer step; returns the logged values."""
-        config = self.config
-        rate = config.rate(self.step, config.progress(self.step, self.seconds))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        device = self.parameters[0].device
-        losses = self.distiller.losses(step_generator(config.seed, self.step, device), config.batch_size)
+        """One optimizer step of the role whose turn it is; returns the logged values."""
+        config, turn = self.config, self.distiller.turn(self.step)
+        role, optimizer = self.distiller.roles[turn], self.optimizers[turn]
+        rate = role.rate * config.rate(self.step, config.progress(self.step, self.seconds))
+        parameters = optimizer.param_groups[0]["params"]
+        optimizer.param_groups[0]["lr"] = rate
+        generator = step_generator(config.seed, self.step, parameters[0].device)
+        losses = self.distiller.losses(generator, config.batch_size, turn)
         losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient is not finite at step {self.step} (loss {losses['loss'].item():g}); "
+                f"the gradient of the {turn} is not finite at step {self.step} (loss {losses['loss'].item():g}); "
                 "lower the learning rate and start anew in another output folder"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if turn == self.shipped:
+            decay = min(config.ema_decay, (1 + self.ema_updates) / (10 + self.ema_updates))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(role.network.parameters()), 1 - decay)
+            self.ema_updates += 1
         self.step += 1
-        values = {name: value.item() for name, value in losses.items()}
-        return values | {"gradient_norm": norm.item(), "learning_rate": rate}
+        values = {name: value.item() for name, value in losses.items()} | {"gradient_norm": norm.item()}
+        prefix = "" if turn == self.shipped else f"{turn}_"
+        return {prefix + name: value for name, value in values.items()} | {f"{prefix}learning_rate": rate}
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -217,44 +252,19 @@ def train(distiller: Distiller, config: TrainConfig, out: Path, progress: bool =
     Writes `metrics.jsonl`, TensorBoard events and `checkpoint/` below `out`. Raises ValueError if `out` belongs to a
     run with other settings, FloatingPointError if the gradient stops being finite.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(distiller, config, out)
     run.resume()
-    history, sums = [], {}
-    writer = SummaryWriter(out / "tensorboard")
-    bar = tqdm(
-        total=1000, desc=out.name, bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix}", disable=not progress
-    )
-    last_log_step, last_log, last_save = run.step, time.perf_counter(), time.perf_counter()
-    with _stop_on_interrupt() as stop_asked, (out / "metrics.jsonl").open("a") as log:
+    last_save = time.perf_counter()
+    with _stop_on_interrupt() as stop_asked, TrainingLog(out, run.step, config.log_every, progress) as log:
         while (used := config.progress(run.step, run.seconds)) < 1 and not stop_asked():
             start = time.perf_counter()
             values = run.update()
             run.seconds += time.perf_counter() - start
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-            bar.update(int(1000 * used) - bar.n)
-            if run.step % config.log_every == 0:
-                now, count = time.perf_counter(), run.step - last_log_step
-                row = {"step": run.step, "seconds": round(run.seconds, 2)}
-                row |= {name: total / count for name, total in sums.items()}
-                row["images_per_second"] = count * config.batch_size / (now - last_log)
-                history.append(row)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                for name, value in row.items():
-                    writer.add_scalar(name, value, run.step)
-                left = run.seconds / max(used, 1e-9) * (1 - used)
-                speed = f"{row['images_per_second']:.0f} img/s, {left / 60:.1f} min left"
-                bar.set_postfix_str(f"step {run.step}, loss {row['loss']:.4f}, {speed}")
-                last_log_step, last_log, sums = run.step, now, {}
+            log.add(run.step, run.seconds, used, config.batch_size, values)
             if time.perf_counter() - last_save > config.checkpoint_seconds:
                 run.save()
                 last_save = time.perf_counter()
         run.save()
-    bar.close()
-    writer.close()
     finished = config.progress(run.step, run.seconds) >= 1
-    return TrainResult(run.ema, run.step, run.seconds, finished, history)
+    return TrainResult(run.ema, run.step, run.seconds, finished, log.history)

@@ -8,7 +8,7 @@ notebook; a lesson therefore shows a static figure first and the controls second
     explore(draw, steps=widgets.IntSlider(4, 1, 50), solver=widgets.Dropdown(options=["euler", "heun"]))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import ipywidgets as widgets
 
@@ -41,9 +41,18 @@ def _ends(name: str, control: object) -> tuple:
     if isinstance(control, widgets.ValueWidget):
         if control.has_trait("min") and control.has_trait("max"):
             return (control.min, control.max)
-        if control.has_trait("_options_values"):
-            return tuple(control._options_values)
+        if hasattr(control, "options"):
+            return _option_values(control.options)
         if isinstance(control, widgets.Checkbox | widgets.ToggleButton):
             return (False, True)
     found = type(control).__name__
     raise TypeError(f"control {name!r} must be a slider, a list of options or a checkbox of ipywidgets, got {found}")
+
+
+def _option_values(options: Mapping[str, object] | Iterable) -> tuple:
+    """The values of a list of options: plain values, (label, value) pairs, or a mapping from labels to values."""
+    if isinstance(options, Mapping):
+        return tuple(options.values())
+    options = tuple(options)
+    pairs = all(isinstance(option, tuple) and len(option) == 2 for option in options)
+    return tuple(option[1] for option in options) if pairs else options

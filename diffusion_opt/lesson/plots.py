@@ -198,7 +198,7 @@ def paths(
 ) -> Figure:
     """Trajectories in the plane, a panel for each name: from the start (light) to the end (dark).
 
-    `exact` are points of the true distribution, drawn in grey behind. Raises ValueError for no panels.
+    `exact` are points of the true distribution, drawn in gray behind. Raises ValueError for no panels.
     """
     if not panels:
         raise ValueError("nothing to draw: pass at least one panel of trajectories")
@@ -221,7 +221,9 @@ def paths(
 
 def _show(axis: Axes, image: Float[Tensor, "c h w"]) -> None:
     pixels = ((image.detach().float().cpu() + 1) / 2).clamp(0, 1)
-    axis.imshow(pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+    axis.imshow(
+        pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+    )
     axis.grid(False)
 
 

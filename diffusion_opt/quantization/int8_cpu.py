@@ -3,13 +3,12 @@
     y = s_x s_w (q_x - z_x) q_w^T + b       8-bit integers multiplied, 32-bit sums, one rescaling at the end
 
 Weights are quantized once, symmetric, one scale an output channel: s_w = max|w| / 127. Activations are quantized in
-each call to the range of that call, one scale for the whole tensor ("dynamic": nothing to calibrate). Their range
-is 7 bits, not 8: without VNNI instructions an x86 CPU adds pairs of products in 16 bits, and 8-bit activations would
-overflow there. Exact bounds, with w_n the weights of output n and k running over inputs:
+each call to the range of that call, one scale s_x = (max x - min x) / 127 for the whole tensor ("dynamic": nothing to
+calibrate; the kernel takes no s_x below 6.1e-5). That is 7 bits, not 8: without VNNI instructions an x86 CPU adds pairs
+of products in 16 bits, and 8-bit activations would overflow there. Both roundings are at most half a step, so for
+output n, with k running over inputs,
 
-    |w - s_w q_w|   <= s_w / 2                                                  rounding of weights
-    |y_n - (exact)| <= sum_k |x_k| s_w / 2 + s_x (|w_n| + s_w / 2) summed over k    and of activations (1 step, as the
-                                                                                zero point is rounded too)
+    |error of y_n|  <=  s_w / 2 sum_k |x_k|  +  s_x / 2 sum_k |s_w q_w|
 
 The kernel is torch's own (`torch.ops.quantized.linear_dynamic`: fbgemm or oneDNN on x86, QNNPACK on ARM).
 It pays from a width of about 200 and grows with it; other low-precision paths (bfloat16, torchao, weight-only) are
@@ -17,6 +16,8 @@ slower than float32 on CPUs without special instructions. Since the range is tha
 one sample of a batch costs the precision of all.
 """
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.quantization.policy import choose
+from diffusion_opt.quantization.policy import as_tuple, choose
 
 UNDO = "_diffusion_opt_float_layers"  # attribute of the transformer that holds what `remove` puts back
 
@@ -48,12 +49,15 @@ class DynamicInt8Linear(nn.Module):
         if not bool(weight.isfinite().all()):
             raise ValueError(f"weights must be finite, {int((~weight.isfinite()).sum())} of them are not")
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.has_bias = linear.bias is not None
         scales = weight_scales(weight)
         integers = (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
-        packable = torch._make_per_channel_quantized_tensor(
-            integers, scales.double(), torch.zeros(self.out_features, dtype=torch.int64), 0
-        )
+        zeros = torch.zeros(self.out_features, dtype=torch.int64)
         bias = None if linear.bias is None else linear.bias.detach().clone()
+        with warnings.catch_warnings():
+            # The type that prepacking takes is on its way out of torch, and has no successor for this kernel yet.
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+            packable = torch._make_per_channel_quantized_tensor(integers, scales.double(), zeros, 0)
         self._packed = torch.ops.quantized.linear_prepack(packable, bias)
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
@@ -63,8 +67,7 @@ class DynamicInt8Linear(nn.Module):
     @property
     def weight_bytes(self) -> int:
         """One byte a weight, a float32 scale and an int32 zero point a channel, and the bias in float32."""
-        _, bias = self._packed.unpack()
-        return self.out_features * (self.in_features + 8) + (0 if bias is None else 4 * self.out_features)
+        return self.out_features * (self.in_features + 8 + 4 * self.has_bias)
 
     def dequantized_weight(self) -> Float[Tensor, "o i"]:
         """The weights that the integers stand for."""
@@ -95,13 +98,13 @@ class DynamicInt8:
     """
 
     min_width: int = 192  # layers with fewer inputs or outputs are left alone: slower in INT8 than in float32
-    skip: tuple[str, ...] = ()  # regular expressions; layers whose whole name matches are left alone
+    skip: Sequence[str] = ()  # regular expressions; layers whose whole name matches are left alone
     reversible: bool = True
 
     def __post_init__(self) -> None:
         if self.min_width < 0:
             raise ValueError(f"min_width must be 0 (quantize all) or more, got {self.min_width}")
-        object.__setattr__(self, "skip", tuple(self.skip))  # JSON has lists only
+        object.__setattr__(self, "skip", as_tuple("skip", self.skip))
 
     def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
         """Quantize in place and return the pipeline, unchanged if this raises.
@@ -120,9 +123,9 @@ class DynamicInt8:
                 f"nothing to quantize with min_width={self.min_width} and skip={self.skip}: the widest layer has "
                 f"{widest}; min_width=0 makes weights smaller, though hardly faster below 200"
             )
-        simulated = [c.name for c in chosen if type(c.layer) is not nn.Linear]
-        if simulated:
-            raise ValueError(f"{simulated[0]} is a {type(choices[0].layer).__name__}, no plain nn.Linear: undo that first")
+        other = next((choice for choice in chosen if type(choice.layer) is not nn.Linear), None)
+        if other is not None:
+            raise ValueError(f"{other.name} is a {type(other.layer).__name__}, not a plain nn.Linear: undo that first")
         quantized = {choice.name: DynamicInt8Linear(choice.layer) for choice in chosen}
         for name, layer in quantized.items():
             transformer.set_submodule(name, layer)

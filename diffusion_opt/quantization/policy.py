@@ -9,6 +9,7 @@ has had its weights changed already by some algorithms (SVDQuant, for one).
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -69,7 +70,14 @@ def policy_for(transformer: nn.Module) -> LayerPolicy:
     return POLICIES[family]
 
 
-def choose(transformer: nn.Module, min_width: int = 0, skip: tuple[str, ...] = ()) -> list[LayerChoice]:
+def as_tuple(name: str, strings: Sequence[str]) -> tuple[str, ...]:
+    """The strings as a tuple (JSON has lists only). Raises ValueError for a single string in their place."""
+    if isinstance(strings, str):
+        raise ValueError(f"{name} must be a list or tuple of strings, got {strings!r}; write ({strings!r},)")
+    return tuple(strings)
+
+
+def choose(transformer: nn.Module, min_width: int = 0, skip: Sequence[str] = ()) -> list[LayerChoice]:
     """The policy's word on every `nn.Linear` of a transformer, in order.
 
     Beyond the policy, layers with fewer than `min_width` inputs or outputs are kept, and those whose whole name a
@@ -92,7 +100,7 @@ def choose(transformer: nn.Module, min_width: int = 0, skip: tuple[str, ...] = (
     return choices
 
 
-def _checked(patterns: tuple[str, ...], names: dict[str, nn.Linear]) -> tuple[str, ...]:
+def _checked(patterns: Sequence[str], names: dict[str, nn.Linear]) -> Sequence[str]:
     for pattern in patterns:
         try:
             found = any(re.fullmatch(pattern, name) for name in names)

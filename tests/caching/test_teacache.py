@@ -115,8 +115,7 @@ def test_calibration_records_real_changes_and_leaves_the_pipeline_alone(pipe):
     curve = calibrate_teacache(pipe, ["0", "1", "2"], 4, 1.0, torch.Generator().manual_seed(3))
     residuals = [end - start for start, end in zip(ends[::2], ends[1::2], strict=True)]
     table = [
-        ((new - old).abs().mean((1, 2)) / old.abs().mean((1, 2))).mean().item()
-        for old, new in pairwise(residuals)
+        ((new - old).abs().mean((1, 2)) / old.abs().mean((1, 2))).mean().item() for old, new in pairwise(residuals)
     ]
     assert curve.step_table == pytest.approx(table, rel=1e-5)
     assert curve.num_pairs == 9

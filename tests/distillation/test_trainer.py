@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffusion_opt.distillation import trainer
-from diffusion_opt.distillation.trainer import TrainConfig, TrainResult, step_generator, train
+from diffusion_opt.distillation.trainer import Role, TrainConfig, TrainResult, step_generator, train
 
 SETTINGS = {"batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_seconds": 1e9, "log_every": 2}
 
@@ -31,7 +31,14 @@ class Regression:
             nn.init.normal_(parameter, generator=generator)
         self.at_step, self.calls = at_step, 0
 
-    def losses(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {"model": Role(self.model)}
+
+    def turn(self, step: int) -> str:
+        return "model"
+
+    def losses(self, generator: torch.Generator, batch_size: int, turn: str) -> dict[str, Tensor]:
         x = torch.rand(batch_size, 1, generator=generator)
         error = self.model(x) - (3 * x).sin()
         loss = error.square().mean()
@@ -48,7 +55,7 @@ def weights(out: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint: weights, their average, the optimizer's moments."""
     folder = out / "checkpoint"
     files = {p.stem: load_file(p) for p in folder.glob("*.safetensors")}
-    assert files.keys() == {"model", "ema", "optimizer"}
+    assert files.keys() == {"model", "ema", "model-optimizer"}
     return {f"{stem}.{name}": value for stem, tensors in files.items() for name, value in tensors.items()}
 
 
@@ -229,7 +236,7 @@ def test_the_rate_of_the_schedule_is_the_one_used(tmp_path):
     config = TrainConfig(**SETTINGS, steps=6)
     expected = [config.rate(step, config.progress(step, 0.0)) for step in range(6)]
     assert [row["learning_rate"] for row in result.history] == pytest.approx(expected)
-    moments = load_file(tmp_path / "checkpoint" / "optimizer.safetensors")
+    moments = load_file(tmp_path / "checkpoint" / "model-optimizer.safetensors")
     assert {float(v) for k, v in moments.items() if k.endswith("step")} == {6.0}
 
 
@@ -242,7 +249,7 @@ def test_gradients_are_clipped_and_their_norm_before_is_logged(tmp_path):
     huge = Regression(lambda step, loss: loss * 1e6)
     result = run(tmp_path, huge, log_every=1)
     assert all(row["gradient_norm"] > 1e3 for row in result.history)
-    moments = load_file(tmp_path / "checkpoint" / "optimizer.safetensors")
+    moments = load_file(tmp_path / "checkpoint" / "model-optimizer.safetensors")
     first = torch.cat([v.flatten() for k, v in moments.items() if k.endswith("exp_avg")])
     assert 0 < first.norm() <= 1.0
 
@@ -274,7 +281,7 @@ def test_no_pickle_is_written(tmp_path):
     files = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
     (events,) = [name for name in files if "tfevents" in name]
     files.remove(events)
-    names = ("ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json")
+    names = ("ema.safetensors", "model-optimizer.safetensors", "model.safetensors", "state.json")
     assert sorted(files) == [*(f"checkpoint/{name}" for name in names), "metrics.jsonl"]
 
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffusion_opt.distillation.trainer import Role
 from diffusion_opt.distillation.trajectory.pairs import OdePairs
 from diffusion_opt.flow import ClassCondition, expand_time
 
@@ -48,7 +49,14 @@ class OdeDistillation:
         if self.steps < 1 or rungs % self.steps:
             raise ValueError(f"steps must divide the {rungs} rungs of the stored trajectories, got {self.steps}")
 
-    def losses(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {"student": Role(self.model)}
+
+    def turn(self, step: int) -> str:
+        return "student"
+
+    def losses(self, generator: torch.Generator, batch_size: int, turn: str = "student") -> dict[str, Tensor]:
         """Pseudo-Huber distance between the student's jump and the teacher's, over random samples and jumps."""
         pairs, device = self.pairs, generator.device
         stride = (len(pairs.times) - 1) // self.steps
