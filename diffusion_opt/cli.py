@@ -159,7 +159,9 @@ def _settle(device: Device, threads: int | None) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no NVIDIA GPU here; leave the flag out, or see `diffusion-opt doctor`")
+        raise ValueError(
+            "--device cuda: torch sees no NVIDIA GPU here; leave the flag out, or see `diffusion-opt doctor`"
+        )
     return device
 
 

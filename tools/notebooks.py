@@ -77,7 +77,8 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
 
     environment = {name: value for name, value in os.environ.items() if name != "DIFFUSION_OPT_FAST"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
-    client = NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name=KERNEL["name"], store_widget_state=True)
+    options = {"timeout": CELL_SECONDS, "kernel_name": KERNEL["name"]}
+    client = NotebookClient(notebook, **options, store_widget_state=True, coalesce_streams=True)
     try:
         client.execute(cwd=str(folder), env=environment)
     except CellExecutionError as error:

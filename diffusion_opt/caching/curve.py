@@ -51,8 +51,12 @@ def fingerprint(transformer: nn.Module) -> str:
 
 
 def run_settings(pipe: DiffusionPipeline) -> tuple[str, int, float]:
-    """Scheduler class, number of timesteps and guidance scale of the run under way, or of the last one."""
-    return type(pipe.scheduler).__name__, len(pipe.scheduler.timesteps), float(pipe.guidance_scale)
+    """Scheduler class, number of timesteps and guidance scale of the run under way, or of the last one.
+
+    Guidance counts as 1, none, on a pipeline that was never called.
+    """
+    guidance = float(getattr(pipe, "guidance_scale", 1.0))
+    return type(pipe.scheduler).__name__, len(pipe.scheduler.timesteps), guidance
 
 
 def interpolate(knots: tuple[float, ...], values: tuple[float, ...], x: float) -> float:

@@ -1,10 +1,10 @@
 """One record for what a technique buys and costs, and the protocol under which two such records may be compared.
 
-`measure_together` takes all rungs of a comparison at once. Every rung makes the same batches (one seed a batch), and the
-making is the timing: the rungs take turns batch by batch, A B C A B C ..., so a slow minute touches all of them. The
-first batch is not timed; on it the arithmetic is counted and the memory watched. A speed-up is a ratio of medians from
-one such run; `speedup` refuses anything else and names the first thing that differs. The first rung is the teacher,
-with whose images the others' are compared pair by pair.
+`measure_together` takes all rungs of a comparison at once. Every rung makes the same batches (one seed a batch), and
+the making is the timing: the rungs take turns batch by batch, A B C A B C ..., so a slow minute touches all of them.
+The first batch is not timed; on it the arithmetic is counted and the memory watched. A speed-up is a ratio of medians
+from one such run; `speedup` refuses anything else and names the first thing that differs. The first rung is the
+teacher, with whose images the others' are compared pair by pair.
 
 A rung is no more than a function from labels and a generator to images, and the transformer whose passes and bytes are
 counted, so pipelines, samplers over a `VelocityModel` and students all fit.

@@ -18,10 +18,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+LIGHT = ("#E69F00", "#56B4E9", "#CC79A7")  # black letters on these
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 9.0  # inches; a notebook column
 STYLE = {
@@ -37,6 +40,8 @@ STYLE = {
     "lines.linewidth": 2.0,
     "lines.markersize": 6,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.02,
+    "figure.constrained_layout.w_pad": 0.02,
 }
 
 
@@ -59,7 +64,9 @@ def image_grid(
         raise ValueError(f"one label a picture: got {len(labels)} labels for {len(images)} pictures")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    with _figure(rows, columns, _grid_size(rows, columns, images, bool(labels))) as (figure, axes):
+    heading = 0.25 if labels is not None else 0.05
+    size = _grid_size(images, columns, rows, row_extra=heading, side=0.0, top=0.3 if title else 0.0)
+    with _figure(rows, columns, size) as (figure, axes):
         for axis in axes.flat:
             axis.axis("off")
         for i, (image, axis) in enumerate(zip(images, axes.flat, strict=False)):
@@ -81,8 +88,10 @@ def image_rows(
     if len(set(lengths.values())) != 1:
         raise ValueError(f"rows must be of one length, at least one of them, got {lengths}")
     first = next(iter(rows.values()))
-    width, height = _grid_size(len(rows), len(first), first, bool(columns))
-    with _figure(len(rows), len(first), (width, height)) as (figure, axes):
+    side = 0.25 + 0.085 * max(len(line) for name in rows for line in name.split("\n"))
+    top = (0.3 if title else 0.0) + (0.25 if columns else 0.0)
+    size = _grid_size(first, len(first), len(rows), row_extra=0.05, side=side, top=top)
+    with _figure(len(rows), len(first), size) as (figure, axes):
         for (name, images), line in zip(rows.items(), axes, strict=True):
             for image, axis in zip(images, line, strict=True):
                 _show(axis, image)
@@ -123,6 +132,7 @@ def curves(
             if len(ticks) <= 12:
                 axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
                 axis.set_xticks([], minor=True)
+            _plain_ticks(axis.yaxis)
         _reference_slopes(axis, next(iter(lines.values())), slopes)
         axis.set(xlabel=x_label, ylabel=y_label, title=title)
         axis.legend()
@@ -144,7 +154,8 @@ def stacked_shares(rows: Mapping[str, Mapping[str, float]], title: str = "") -> 
         for i, part in enumerate(parts):
             share = np.array([100 * row[part] / sum(row.values()) for row in rows.values()])
             bar = axis.barh(list(rows), share, left=left, color=PALETTE[i % len(PALETTE)], label=part)
-            axis.bar_label(bar, [f"{s:.0f}" if s >= 5 else "" for s in share], label_type="center", color="white")
+            ink = "black" if PALETTE[i % len(PALETTE)] in LIGHT else "white"
+            axis.bar_label(bar, [f"{s:.0f}" if s >= 5 else "" for s in share], label_type="center", color=ink)
             left += share
         axis.set(xlim=(0, 100), xlabel="share in %", title=title)
         axis.grid(False)
@@ -187,6 +198,8 @@ def roofline(
             axis.annotate(name, (x, y / 1e9), xytext=(6, -12), textcoords="offset points", fontsize=9)
         axis.set(xscale="log", yscale="log", xlabel=f"{unit}s per byte moved", ylabel=f"billion {unit}s per second")
         axis.set_title(title)
+        _plain_ticks(axis.xaxis)
+        _plain_ticks(axis.yaxis)
         axis.legend()
     return figure
 
@@ -208,30 +221,43 @@ def paths(
     ):
         for axis, (name, states) in zip(axes[0], panels.items(), strict=True):
             if exact is not None:
-                axis.scatter(*exact.T.cpu(), s=4, color="#BBBBBB", linewidths=0)
+                axis.scatter(*_array(exact.T), s=4, color="#BBBBBB", linewidths=0)
             for line in states.unbind(1):
-                axis.plot(*line.T.cpu(), color=PALETTE[5], linewidth=0.8)
-            axis.scatter(*states[0].T.cpu(), s=10, facecolors="none", edgecolors=PALETTE[5], label="noise")
-            axis.scatter(*states[-1].T.cpu(), s=12, color=PALETTE[1], label="end", zorder=3)
+                axis.plot(*_array(line.T), color=PALETTE[5], linewidth=0.8)
+            axis.scatter(*_array(states[0].T), s=10, facecolors="none", edgecolors=PALETTE[5], label="noise")
+            axis.scatter(*_array(states[-1].T), s=12, color=PALETTE[1], label="end", zorder=3)
             axis.set(title=name, aspect="equal")
         axes[0, 0].legend(loc="upper left", fontsize=9)
         _headline(figure, title)
     return figure
 
 
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
 def _show(axis: Axes, image: Float[Tensor, "c h w"]) -> None:
-    pixels = ((image.detach().float().cpu() + 1) / 2).clamp(0, 1)
-    axis.imshow(
-        pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-    )
+    pixels = _array((image.float() + 1) / 2).clip(0, 1)
+    shown = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.grid(False)
 
 
-def _grid_size(rows: int, columns: int, images: Float[Tensor, "n c h w"], labels: bool) -> tuple[float, float]:
-    """Width and height in inches: cells of one size, not larger than a tenth of the column's width needs."""
-    cell = min(1.1, WIDTH / columns)
+def _grid_size(
+    images: Float[Tensor, "n c h w"], columns: int, rows: int, row_extra: float, side: float, top: float
+) -> tuple[float, float]:
+    """Width and height in inches of a grid whose cells fill the column's width, but are no wider than an inch."""
+    cell = min(1.0, (WIDTH - side) / columns)
     height, width = images.shape[-2:]
-    return max(3.0, cell * columns), rows * (cell * height / width + (0.22 if labels else 0.05)) + 0.35
+    return side + cell * columns, top + rows * (cell * height / width + row_extra)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10 instead of powers of ten, where the logarithmic axis spans few enough decades to hold them."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _headline(figure: Figure, title: str) -> None:

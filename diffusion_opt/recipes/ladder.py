@@ -23,8 +23,8 @@ TEACHER = "teacher"
 FASHION_LADDER: dict[str, Recipe] = {
     TEACHER: Recipe(),
     "better solver": Recipe((Solver(12),)),
-    "+ step cache": Recipe((Solver(12), TeaCache(0.3))),
-    "+ INT8": Recipe((Solver(12), DynamicInt8(), TeaCache(0.3))),
+    "+ step cache": Recipe((Solver(12), TeaCache(0.2))),
+    "+ INT8": Recipe((Solver(12), DynamicInt8(), TeaCache(0.2))),
     "4-step student": Recipe((Student("fashion-4step"),)),
     "1-step student": Recipe((Student("fashion-1step"),)),
     "combined": Recipe((Student("fashion-1step"), DynamicInt8())),
@@ -82,7 +82,7 @@ def as_rung(pipe: DiffusionPipeline) -> Rung:
 def measure(pipe: DiffusionPipeline, *, device: str = "cpu", **settings: Any) -> Measurement:
     """Speed, cost and quality of one pipeline; settings as in `evaluation.measure_together`.
 
-    To compare pipelines measure them together (`measure_together`, `run_ladder`): times of separate runs do not compare.
+    To compare pipelines measure them together (`measure_together`, `run_ladder`): separate runs do not compare.
     """
     rungs = {"pipeline": as_rung(pipe)}
     num_classes = pipe.class_embedder.num_classes

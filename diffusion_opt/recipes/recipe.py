@@ -11,6 +11,7 @@ them refuses the pipeline, those already applied are taken back and the pipeline
 
 import json
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,7 +76,7 @@ class Recipe:
             if type(technique) not in _NAMES:
                 raise ValueError(f"unknown technique {technique!r}; there are {', '.join(TECHNIQUES)}")
         kinds = [TECHNIQUES[_NAMES[type(t)]][1] for t in self.techniques]
-        for first, second in zip(kinds, kinds[1:], strict=False):
+        for first, second in pairwise(kinds):
             if first == second:
                 raise ValueError(f"a recipe can change the {first.name} once, got two techniques that do")
             if first.place > second.place:

@@ -79,7 +79,9 @@ def figure(result: LadderResult) -> "Figure":
         axis.errorbar(row["speedup"], row["fid"], yerr=spread, fmt="o", capsize=3)
         axis.annotate(row["name"], (row["speedup"], row["fid"]), textcoords="offset points", xytext=(6, 6), fontsize=9)
     axis.axhline(rows[0]["fid_floor"], linestyle=":", color="gray")
-    axis.set(xscale="log", xlabel="times faster than the teacher, per image", ylabel=rows[0]["features"], ylim=(0, None))
+    axis.set(
+        xscale="log", xlabel="times faster than the teacher, per image", ylabel=rows[0]["features"], ylim=(0, None)
+    )
     axis.text(1, rows[0]["fid_floor"], " real images against real images", fontsize=8, color="gray", va="bottom")
     return page
 
@@ -104,8 +106,7 @@ img {{ max-width: 100% }} pre {{ background: #f6f6f6; padding: 1rem; overflow-x:
 </style></head><body>
 <h1>The ladder</h1>
 <p>{html.escape(last["name"])}: <strong>{last["speedup"]:.0f}x</strong> faster per image than the teacher
-({html.escape(first["recipe"])}), measured in one run with the rungs taking turns. FD is the {html.escape(first["features"])}
-distance to real test images: {last["fid"]:.1f} against the teacher's {first["fid"]:.1f}; real training images score
+({html.escape(first["recipe"])}), measured in one run with the rungs taking turns. {html.escape(first["features"])} is the distance to real test images: {last["fid"]:.1f} against the teacher's {first["fid"]:.1f}; real training images score
 {first["fid_floor"]:.1f}.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 <p><img alt="Example images of each rung, and quality against speed"

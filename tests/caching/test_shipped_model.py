@@ -7,6 +7,7 @@ import torch
 from caching.pipelines import generate
 
 from diffusion_opt.caching import TeaCache, calibrate_teacache, step_cache_report
+from diffusion_opt.models import FlowMatchAdamsBashforthScheduler
 
 STEPS, BATCH = 30, 5
 
@@ -51,6 +52,18 @@ def test_forecasting_beats_reuse_and_fewer_steps_at_equal_evaluations(teacher, d
     assert abs(computed - computed_by_reuse) <= 1
     assert forecast < reuse
     assert forecast < error(sample(teacher, steps=computed), dense)
+
+
+def test_on_a_second_order_solver_it_beats_the_same_solver_with_fewer_steps(shipped):
+    """The harder rival, and the harder judge: distance to a finely solved path, not to the uncached run."""
+    pipe = shipped("fashion")
+    pipe.scheduler = FlowMatchAdamsBashforthScheduler.from_config(pipe.scheduler.config)
+    fine = sample(pipe, steps=100)
+    images = sample(TeaCache(0.2).apply(pipe), steps=12)
+    computed = step_cache_report(pipe).computed["cond"]
+    TeaCache(0.2).remove(pipe)
+    assert computed < 12
+    assert error(images, fine) < error(sample(pipe, steps=computed), fine)
 
 
 def test_the_error_grows_with_the_threshold(teacher, dense):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from caching.pipelines import generate, inputs_at, small_pipeline
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from diffusion_opt.caching.stack import StackCut, attached_cut, check_can_cut
@@ -93,8 +94,6 @@ def test_detach_leaves_no_trace_and_the_same_bits(pipe):
 
 @torch.no_grad()
 def test_hooks_of_others_survive_detach(pipe):
-    from diffusers.hooks import HookRegistry, ModelHook
-
     class Doubling(ModelHook):
         def post_forward(self, module, output):
             return (output[0] * 2,)

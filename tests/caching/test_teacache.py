@@ -166,6 +166,15 @@ def test_a_calibrated_curve_serves_its_own_model_and_run_only(pipe, tmp_path):
 
 
 @torch.no_grad()
+def test_a_calibrated_curve_in_a_custom_loop_counts_as_unguided(pipe, tmp_path):
+    calibrated(pipe).save(tmp_path / "curve.json")
+    fresh = small_pipeline()
+    TeaCache(0.1, curve=str(tmp_path / "curve.json")).apply(fresh)
+    with pytest.raises(ValueError, match=r"with 6 steps and guidance 2, this run is .* and guidance 1"):
+        fresh.transformer(**inputs_at(0.5))
+
+
+@torch.no_grad()
 def test_a_wrong_model_is_refused_before_anything_changes(pipe, tmp_path):
     path = tmp_path / "curve.json"
     dataclasses.replace(calibrated(pipe), model="f" * 16).save(path)

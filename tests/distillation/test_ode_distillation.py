@@ -101,7 +101,7 @@ def test_a_small_student_finds_the_distribution_in_one_step(
 
 
 def test_steps_must_divide_the_rungs(teacher: GaussianMixtureVelocity, pairs: OdePairs) -> None:
-    with pytest.raises(ValueError, match="divide the 4 rungs .*, got 3"):
+    with pytest.raises(ValueError, match=r"divide the 4 rungs .*, got 3"):
         OdeDistillation(_FlowMap(teacher, 3), pairs, 3)
 
 

@@ -1,7 +1,10 @@
 """The layer policy, by name: what of FLUX.2 is quantized and what is not."""
 
+import re
+
 import pytest
 from diffusers import WanTransformer3DModel
+from peft import LoraConfig
 from torch import nn
 
 from diffusion_opt.quantization import choose, policy_for
@@ -46,8 +49,6 @@ def test_flux2_by_name(pipe):
 
 
 def test_every_pattern_of_the_policy_is_needed(pipe):
-    import re
-
     linears = [name for name, module in pipe.transformer.named_modules() if isinstance(module, nn.Linear)]
     for kept in policy_for(pipe.transformer).kept:
         assert any(re.fullmatch(kept.pattern, name) for name in linears), kept.pattern
@@ -73,8 +74,6 @@ def test_what_cannot_be_chosen_says_why(pipe):
 
 
 def test_lora_must_be_fused_first(pipe):
-    from peft import LoraConfig
-
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match=r"lora_A\S* is a LoRA layer: fuse it"):
         choose(pipe.transformer)

@@ -17,9 +17,7 @@ def tiny_pipeline(seed: int, default_steps: int, default_guidance: float, is_dis
     for parameter in pipe.transformer.parameters():
         if not parameter.any():  # modulation and output start at zero
             nn.init.normal_(parameter, std=0.05, generator=generator)
-    pipe.register_to_config(
-        default_steps=default_steps, default_guidance=default_guidance, is_distilled=is_distilled
-    )
+    pipe.register_to_config(default_steps=default_steps, default_guidance=default_guidance, is_distilled=is_distilled)
     return pipe
 
 

@@ -6,9 +6,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_opt.recipes import FASHION_LADDER, LadderResult, Recipe, Solver, Student, as_rung, measure, report, run_ladder
+from diffusion_opt.recipes import (
+    LadderResult,
+    Recipe,
+    Solver,
+    Student,
+    as_rung,
+    measure,
+    report,
+    run_ladder,
+)
 
-FIELDS = {"name", "nfe", "ms_per_image", "speedup", "weight_mb", "fid", "fid_low", "fid_high", "class_agreement", "features"}
+FIELDS = {
+    "name",
+    "nfe",
+    "ms_per_image",
+    "speedup",
+    "weight_mb",
+    "fid",
+    "fid_low",
+    "fid_high",
+    "class_agreement",
+    "features",
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,5 +87,3 @@ def test_rung_makes_images_in_the_package_s_range(pipe) -> None:
     images = as_rung(pipe).generate(torch.tensor([1, 2, 3]), torch.Generator().manual_seed(0))
     assert images.shape == (3, 1, 16, 16)
     assert -1 <= images.min() and images.max() <= 1
-
-

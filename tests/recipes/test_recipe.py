@@ -48,9 +48,7 @@ def test_heun_pays_two_passes_a_step(pipe: TinyFlux2Pipeline) -> None:
     assert len(passes) == 2 * (2 * 2 - 1)  # diffusers' Heun ends with an Euler step
 
 
-def test_student_replaces_network_steps_and_guidance_and_back(
-    pipe: TinyFlux2Pipeline, student_folder: Path
-) -> None:
+def test_student_replaces_network_steps_and_guidance_and_back(pipe: TinyFlux2Pipeline, student_folder: Path) -> None:
     before = images(pipe)
     technique = Student(str(student_folder))
     technique.apply(pipe)

@@ -1,16 +1,16 @@
 """Distribution matching distillation: a one-step student whose pictures are distributed as the teacher's.
 
-The student turns noise into a picture x in one pass. Let x_t be x with fresh noise. Two velocities are known at x_t: the
-(guided) teacher's v_T and that of a "fake score" v_phi, a network kept trained on the student's own pictures. Their
+The student turns noise into a picture x in one pass. Let x_t be x with fresh noise. Two velocities are known at x_t:
+the (guided) teacher's v_T and that of a "fake score" v_phi, a network kept trained on the student's own pictures. Their
 difference is the difference of two scores, and so the gradient of KL(student || teacher) at noise level t
 (Yin et al. 2023, arXiv 2311.18828, equation 7):
 
     gradient of x  =  w (x_phi - x_T) = w t (v_T - v_phi),      x_T = x_t - t v_T,  w = 1 / mean|x - x_T|
 
 It moves pictures from where the student has too many to where the teacher has more. As in DMD2 (Yin et al. 2024,
-arXiv 2405.14867) there is no regression term; the fake score gets K - 1 updates for each of the student's, since a stale
-fake score is what lets modes drop. It starts as the teacher and is warmed up on the student before the student moves:
-with all three networks equal the gradient is exactly zero.
+arXiv 2405.14867) there is no regression term; the fake score gets K - 1 updates for each of the student's, since a
+stale fake score is what lets modes drop. It starts as the teacher and is warmed up on the student before the student
+moves: with all three networks equal the gradient is exactly zero.
 
 The loss functions equal those of `modelopt.torch.fastgen` number for number (tests); there the caller writes the loop.
 """
@@ -43,7 +43,7 @@ def dmd_gradient(
 def dmd_loss(
     x: Float[Tensor, "b *s"], teacher_x: Float[Tensor, "b *s"], fake_x: Float[Tensor, "b *s"]
 ) -> Float[Tensor, ""]:
-    """A loss whose gradient with respect to x is `dmd_gradient` over the number of elements (arXiv 2311.18828, eq. 8)."""
+    """A loss whose gradient in x is `dmd_gradient` over the number of elements (arXiv 2311.18828, eq. 8)."""
     with torch.no_grad():
         target = x - dmd_gradient(x, teacher_x, fake_x)
     return 0.5 * (x - target).square().mean()
@@ -91,7 +91,7 @@ class DistributionMatching:
         return clean_from_velocity(noise, self.student(noise, ones, condition), ones), condition
 
     def losses(self, generator: torch.Generator, batch_size: int, turn: str) -> dict[str, Tensor]:
-        """The student's or the fake score's loss, and how far the fake score lags (`lag`: |x_phi - x_T| / |x - x_T|)."""
+        """The loss of the turn; on the student's also `lag` = |x_phi - x_T| / |x - x_T|, small when both agree."""
         with torch.set_grad_enabled(turn == "student"):
             x, condition = self.generate(generator, batch_size)
         t = torch.rand(batch_size, generator=generator, device=generator.device)

@@ -48,7 +48,7 @@ class PairConfig:
 
 @dataclass(frozen=True)
 class OdePairs:
-    """Trajectories in memory: `states` (N, rungs + 1, *image) from noise to picture, `labels` (N,), `times` (rungs + 1,)."""
+    """Trajectories: `states` (N, rungs + 1, *image) from noise to picture, `labels` (N,), `times` (rungs + 1,)."""
 
     states: Float[Tensor, "n rungs *s"]
     labels: Int[Tensor, " n"]
@@ -110,7 +110,9 @@ def generate_pairs(
         found = json.loads(manifest_path.read_text())
         for key in ("config", "image_shape", "num_classes"):
             if found[key] != manifest[key]:
-                raise ValueError(f"{folder} holds pairs with {key}={found[key]}, now {manifest[key]}; use another folder")
+                raise ValueError(
+                    f"{folder} holds pairs with {key}={found[key]}, now {manifest[key]}; use another folder"
+                )
         manifest = found
     starts = range(0, config.num_pairs, config.shard_size)
     for start in tqdm(starts, desc=f"{config.num_pairs} trajectories", unit="shard", disable=not progress):
