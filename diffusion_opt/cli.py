@@ -104,7 +104,8 @@ def train(
 def distill(
     steps: Literal[1, 2, 4],
     teacher: str = "fashion",
-    method: Literal["ode"] = "ode",
+    method: Literal["ode", "dmd2"] = "ode",
+    start: str | None = None,
     minutes: float | None = None,
     pairs: int | None = None,
     guidance: float | None = None,
@@ -113,33 +114,44 @@ def distill(
     threads: int | None = None,
     device: Device = "auto",
 ) -> None:
-    """Distill a few-step student from a teacher's trajectories; run it again to resume.
+    """Distill a few-step student from a teacher; run it again to resume.
+
+    First `--method ode`, which follows the teacher's trajectories; then, for one step, `--method dmd2` can bring the
+    student's distribution closer to the teacher's.
 
     Args:
         steps: network passes the student makes for an image.
         teacher: shipped name or folder of the teacher.
-        method: ode: regression along the teacher's guided ODE trajectories (no data needed).
+        method: ode: regression along the teacher's guided ODE trajectories; dmd2: distribution matching, one step.
+        start: the one-step student that dmd2 starts from; default runs/<teacher>-1step/pipeline.
         minutes: training time in all, without the making of trajectories.
         pairs: trajectories to make.
         guidance: guidance scale that is distilled into the student; default: the teacher's own.
         seed: of trajectories and batches.
-        out: working folder; default runs/<teacher>-<steps>step.
+        out: working folder; default runs/<teacher>-<steps>step, with -dmd2 behind it for that method.
         threads: CPU threads of torch; default: torch's own choice.
         device: where to train; auto takes the GPU if there is one.
     """
     from dataclasses import replace
 
     device = _settle(device, threads)
-    from diffusion_opt.distillation.make import PAIRS, STUDENTS, make_student
+    from diffusion_opt.distillation.make import MATCHED, PAIRS, STUDENTS, make_matched_student, make_student
     from diffusion_opt.models import load
 
-    config = replace(STUDENTS[steps], seed=seed, minutes=minutes or STUDENTS[steps].minutes)
+    if method == "dmd2" and steps != 1:
+        raise ValueError(f"--method dmd2 makes one-step students, got --steps {steps}")
+    preset = STUDENTS[steps] if method == "ode" else MATCHED
+    config = replace(preset, seed=seed, minutes=minutes or preset.minutes)
     guidance = guidance or load(teacher).config.default_guidance
-    pair_config = replace(PAIRS, seed=seed, guidance_scale=guidance, num_pairs=pairs or PAIRS.num_pairs)
     name = Path(teacher).name
-    out = out or RUNS / f"{name}-{steps}step"
+    out = out or RUNS / (f"{name}-{steps}step" + ("-dmd2" if method == "dmd2" else ""))
     _writable(out)
-    _, result = make_student(teacher, steps, config, pair_config, out, RUNS / f"{name}-pairs", device)
+    if method == "ode":
+        pair_config = replace(PAIRS, seed=seed, guidance_scale=guidance, num_pairs=pairs or PAIRS.num_pairs)
+        _, result = make_student(teacher, steps, config, pair_config, out, RUNS / f"{name}-pairs", device)
+    else:
+        start = start or str(RUNS / f"{name}-1step" / "pipeline")
+        _, result = make_matched_student(teacher, start, config, guidance, out, device)
     _say(result, out)
 
 

@@ -2,8 +2,9 @@
 
     make_teacher("fashion", …)                     flow matching on the training images
     make_student("fashion", steps=4, …)            the teacher's trajectories, then distillation along them
+    make_matched_student("fashion", start, …)      distribution matching, from a one-step student of the line above
 
-Both work in a folder of `runs/` (checkpoints, metrics, trajectories), resume from it, and leave an ordinary pipeline
+All work in a folder of `runs/` (checkpoints, metrics, trajectories), resume from it, and leave an ordinary pipeline
 in `<folder>/pipeline`. The quality each reached is in the card of the shipped model.
 """
 
@@ -13,9 +14,11 @@ from pathlib import Path
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusion_opt.datasets import ImageData, load_fashion_mnist
+from diffusion_opt.distillation.distribution import DistributionMatching
 from diffusion_opt.distillation.flow_matching import FlowMatching
 from diffusion_opt.distillation.trainer import TrainConfig, TrainResult, train
 from diffusion_opt.distillation.trajectory import OdeDistillation, PairConfig, generate_pairs
+from diffusion_opt.flow import Guided
 from diffusion_opt.models import SIZES, TinyFlux2Pipeline, build_pipeline, load, velocity_model
 
 # Measured results: the model's card, data/models/<name>/README.md.
@@ -28,6 +31,7 @@ STUDENTS = {
     4: TrainConfig(minutes=10, learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),
     1: TrainConfig(minutes=12, learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),
 }
+MATCHED = TrainConfig(minutes=8, learning_rate=1e-4, warmup_steps=50, ema_decay=0.98, betas=(0.0, 0.99))
 PIPELINE = "pipeline"
 
 
@@ -79,6 +83,38 @@ def make_student(
     result = train(OdeDistillation(student, stored, steps), config, out, progress)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.register_to_config(is_distilled=True, default_steps=steps, default_guidance=1.0)
+    _keep_average(pipe, result, out)
+    return pipe, result
+
+
+def make_matched_student(
+    teacher: str,
+    start: str,
+    config: TrainConfig,
+    guidance_scale: float,
+    out: Path,
+    device: str = "cpu",
+    progress: bool = True,
+) -> tuple[TinyFlux2Pipeline, TrainResult]:
+    """Distill a one-step student by distribution matching, from the one-step student `start`; save `out/pipeline`.
+
+    Raises ValueError if `start` takes more than one step.
+    """
+    pipe, source = load(start, device=device), load(teacher, device=device)
+    if pipe.config.default_steps != 1:
+        raise ValueError(
+            f"{start} takes {pipe.config.default_steps} steps; distribution matching starts from a 1-step student"
+        )
+    velocity = velocity_model(source).eval().requires_grad_(False)
+    size, channels = pipe.vae.config.sample_size, pipe.vae.config.in_channels
+    method = DistributionMatching(
+        student=copy.deepcopy(velocity_model(pipe)).train().requires_grad_(True),
+        fake_score=copy.deepcopy(velocity).train().requires_grad_(True),
+        teacher=Guided(velocity, guidance_scale),
+        image_shape=(channels, size, size),
+        num_classes=pipe.class_embedder.num_classes,
+    )
+    result = train(method, config, out, progress)
     _keep_average(pipe, result, out)
     return pipe, result
 

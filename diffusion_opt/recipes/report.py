@@ -70,7 +70,7 @@ def figure(result: LadderResult) -> "Figure":
     axes = grids.subplots(len(rows), 1)
     for axis, row in zip(axes, rows, strict=True):
         strip = torch.cat(list(result.images[row["name"]][:EXAMPLES, 0]), dim=1)
-        axis.imshow(-strip, cmap="gray", vmin=-1, vmax=1)
+        axis.imshow(-strip.numpy(), cmap="gray", vmin=-1, vmax=1)
         axis.set_axis_off()
         axis.set_title(f"{row['name']}  {row['speedup']:.0f}x", loc="left", fontsize=9, pad=2)
     axis = plot.subplots()
@@ -106,8 +106,9 @@ img {{ max-width: 100% }} pre {{ background: #f6f6f6; padding: 1rem; overflow-x:
 </style></head><body>
 <h1>The ladder</h1>
 <p>{html.escape(last["name"])}: <strong>{last["speedup"]:.0f}x</strong> faster per image than the teacher
-({html.escape(first["recipe"])}), measured in one run with the rungs taking turns. {html.escape(first["features"])} is the distance to real test images: {last["fid"]:.1f} against the teacher's {first["fid"]:.1f}; real training images score
-{first["fid_floor"]:.1f}.</p>
+({html.escape(first["recipe"])}), measured in one run with the rungs taking turns.</p>
+<p>{html.escape(first["features"])} is the distance to real test images: {last["fid"]:.1f} against the teacher's
+{first["fid"]:.1f}; real training images score {first["fid_floor"]:.1f}.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 <p><img alt="Example images of each rung, and quality against speed"
 src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from diffusion_opt.models import FlowMatchAdamsBashforthScheduler, load
 
 SCHEDULERS = {
     "euler": FlowMatchEulerDiscreteScheduler,
-    "heun": FlowMatchHeunDiscreteScheduler,
     "adams_bashforth2": FlowMatchAdamsBashforthScheduler,
 }
 _UNDO = "_diffusion_opt_undo"
