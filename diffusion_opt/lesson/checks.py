@@ -99,7 +99,6 @@ def ex_01_2(answer: Answer) -> None:
         (factor, "only a share of the time got faster; the rest is as slow as before"),
         (1 / (1 - share), "this is the limit for an endless factor; the fast part still takes share / factor"),
         (1 + share * (factor - 1), "speed-ups do not average: times add, so add up the new times and divide"),
-        (share * factor + (1 - share), "speed-ups do not average: times add, so add up the new times and divide"),
     )
     _compare(found, 1 / ((1 - share) + share / factor), mistakes)
     _praise("what is left untouched sets the limit, 1 / (1 - share)")

@@ -42,7 +42,7 @@ def test_a_lesson_in_form_has_no_problems(problems):
         ("open('../data/x.json')", "the path '../data/x.json'"),
         ("open('runs/x.json')", "the path 'runs/x.json'"),
         ("def f():\n" + "    x = 1\n" * 25, "f has 26 lines; at most 25"),
-        ("class C:\n" + "    x = 1\n" * 15, "C has 16 lines; at most 15"),
+        ("class Long:\n" + "    x = 1\n" * 15, "Long has 16 lines; at most 15"),
         ("def f(): ...\ndef f(): ...", "f is defined twice"),
         ("x = 1\n" * 251, "252 lines of code; at most 250"),
     ],
