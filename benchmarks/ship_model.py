@@ -44,7 +44,7 @@ def main(
     name: Annotated[str, tyro.conf.Positional],
     run: Annotated[Path, tyro.conf.Positional],
     guidance: float | None = None,
-    samples: int = 5000,
+    samples: int = 2000,
     batch_size: int = 100,
 ) -> None:
     """Measure `run/pipeline` and ship it as `name`.
