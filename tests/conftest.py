@@ -14,11 +14,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 def wants_compiled(expression: str) -> bool:
@@ -52,6 +57,19 @@ def shape_checks_off(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """For tests marked `wrong_shapes`: let the function itself meet the wrong argument."""
     if request.node.get_closest_marker("wrong_shapes"):
         monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def shipped() -> "Callable[[str], DiffusionPipeline]":
+    """Opens a shipped model by name; a missing one fails the test."""
+    import diffusion_opt
+
+    def open_quietly(name: str) -> "DiffusionPipeline":
+        pipe = diffusion_opt.load(name)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return open_quietly
 
 
 @pytest.fixture(autouse=True)

@@ -1,34 +1,21 @@
-"""Small pipelines whose output is not zero, and one way to sample from them."""
+"""Deeper small pipelines, sampled over more steps, and the inputs of single passes."""
 
+from dataclasses import replace
+from functools import partial
+
+import small_pipelines
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor
+from small_pipelines import SMALL
 
-from diffusion_opt.models import TinyFlux2Config, TinyFlux2Pipeline, build_pipeline
+from diffusion_opt.models import TinyFlux2Pipeline
+
+generate = partial(small_pipelines.generate, steps=6)
 
 
 def small_pipeline(seed: int = 0, num_double: int = 2, num_single: int = 3) -> TinyFlux2Pipeline:
-    """Fresh weights; those that start at zero are filled, or every residual would be zero."""
-    config = TinyFlux2Config(16, num_heads=2, head_dim=16, num_double=num_double, num_single=num_single, text_dim=24)
-    pipe = build_pipeline(config, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in pipe.transformer.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.3, generator=generator)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def generate(pipe: DiffusionPipeline, steps: int = 6, guidance: float = 2.0, batch: int = 3, seed: int = 7) -> Tensor:
-    """Images (batch, 1, s, s) of the first classes."""
-    return pipe(
-        prompt=[str(label) for label in range(batch)],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="pt",
-    ).images
+    """Filled strongly, so that steps differ enough to tell skipped ones from computed ones."""
+    config = replace(SMALL, num_double=num_double, num_single=num_single)
+    return small_pipelines.small_pipeline(config, seed, std=0.3)
 
 
 def inputs_at(time: float, batch: int = 2, image_tokens: int = 16, seed: int = 0) -> dict:

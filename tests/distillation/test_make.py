@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from small_pipelines import small_pipeline
 
 from diffusion_opt.distillation import TrainConfig
 from diffusion_opt.distillation.make import STUDENTS, TEACHERS, make_matched_student, make_student, make_teacher
 from diffusion_opt.distillation.trajectory import PairConfig
-from diffusion_opt.models import SIZES, TinyFlux2Config, build_pipeline, load
+from diffusion_opt.models import SIZES, TinyFlux2Config, load
 
 BRIEF = TrainConfig(steps=2, batch_size=4, warmup_steps=1)
 PAIRS = PairConfig(num_pairs=8, guidance_scale=2.0, num_rungs=2, num_steps=2)
@@ -17,10 +17,7 @@ PAIRS = PairConfig(num_pairs=8, guidance_scale=2.0, num_rungs=2, num_steps=2)
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    pipe = build_pipeline(TinyFlux2Config(image_size=16, num_heads=2, head_dim=16, text_dim=8))
-    for parameter in pipe.transformer.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    pipe = small_pipeline(TinyFlux2Config(image_size=16, num_heads=2, head_dim=16, text_dim=8), std=0.05)
     folder = tmp_path_factory.mktemp("teacher")
     pipe.save_pretrained(folder)
     return str(folder)

@@ -263,7 +263,7 @@ def test_ring_lies_on_its_circle():
 # Errors
 
 
-@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -298,7 +298,7 @@ def test_bad_ring(arguments, message):
         GaussianMixtureVelocity.ring(**arguments)
 
 
-@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.wrong_shapes
 def test_bad_calls():
     mixture, x_t, t = mixture_of_five(), points(2, 3, 7), torch.full((2,), 0.5, **DOUBLE)
     with pytest.raises(ValueError, match=r"shape \(batch, 3, 7\), got shape \(2, 7, 3\)"):

@@ -70,7 +70,7 @@ def test_expand_time_broadcasts():
     assert expand_time(torch.tensor([0.1, 0.9]), x).shape == (2, 1, 1, 1)
 
 
-@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize("t", [torch.zeros(3), torch.zeros(2, 1), torch.tensor(0.5)])
 def test_expand_time_refuses_other_shapes(t):
     with pytest.raises(ValueError, match=r"shape \(2,\), got shape"):

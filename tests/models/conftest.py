@@ -3,30 +3,18 @@
 from collections.abc import Callable
 
 import pytest
-import torch
+from small_pipelines import small_pipeline
 from torch import nn
 
-from diffusion_opt.models import TinyFlux2Config, TinyFlux2Pipeline, build_pipeline
+from diffusion_opt.models import TinyFlux2Config, TinyFlux2Pipeline
 
 TINY = TinyFlux2Config(image_size=16, num_heads=2, head_dim=16, num_single=1, text_dim=24)
 
 
-def fill(module: nn.Module, seed: int = 0) -> None:
-    """Give weights that start at zero small random values."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if "modulation" in name or name.startswith(("norm_out", "proj_out")):
-            nn.init.normal_(parameter, std=0.1, generator=generator)
-
-
 @pytest.fixture(scope="session")
 def make_pipe() -> Callable[..., TinyFlux2Pipeline]:
-    def make(config: TinyFlux2Config = TINY, **settings) -> TinyFlux2Pipeline:
-        pipe = build_pipeline(config)
-        fill(pipe.transformer)
-        pipe.register_to_config(**settings)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    def make(config: TinyFlux2Config = TINY, **settings: object) -> TinyFlux2Pipeline:
+        return small_pipeline(config, std=0.1, **settings)
 
     return make
 

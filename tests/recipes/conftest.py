@@ -3,35 +3,24 @@
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
+from small_pipelines import small_pipeline
 
-from diffusion_opt.models import TinyFlux2Config, TinyFlux2Pipeline, build_pipeline, load
+from diffusion_opt.models import TinyFlux2Config, TinyFlux2Pipeline, load
 
 CONFIG = TinyFlux2Config(image_size=16, num_heads=2, head_dim=32, text_dim=8)
-
-
-def tiny_pipeline(seed: int, default_steps: int, default_guidance: float, is_distilled: bool) -> TinyFlux2Pipeline:
-    pipe = build_pipeline(CONFIG, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in pipe.transformer.parameters():
-        if not parameter.any():  # modulation and output start at zero
-            nn.init.normal_(parameter, std=0.05, generator=generator)
-    pipe.register_to_config(default_steps=default_steps, default_guidance=default_guidance, is_distilled=is_distilled)
-    return pipe
 
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "teacher"
-    tiny_pipeline(1, 6, 2.0, False).save_pretrained(folder)
+    small_pipeline(CONFIG, 1, 0.05, default_steps=6, default_guidance=2.0).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "student"
-    tiny_pipeline(2, 1, 1.0, True).save_pretrained(folder)
+    small_pipeline(CONFIG, 2, 0.05, default_steps=1, is_distilled=True).save_pretrained(folder)
     return folder
 
 
