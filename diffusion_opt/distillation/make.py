@@ -26,7 +26,7 @@ TEACHERS = {
     "fashion": TrainConfig(minutes=66, learning_rate=8e-4, warmup_steps=200, ema_decay=0.9995),
     "fashion-micro": TrainConfig(minutes=10, learning_rate=1e-3, warmup_steps=100, ema_decay=0.998),
 }
-PAIRS = PairConfig(num_pairs=10_240, guidance_scale=1.5, num_rungs=4, num_steps=16)
+PAIRS = PairConfig(num_pairs=10_240, guidance_scale=2.0, num_rungs=4, num_steps=12)
 STUDENTS = {
     4: TrainConfig(minutes=10, learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),
     1: TrainConfig(minutes=12, learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),

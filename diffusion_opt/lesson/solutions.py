@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import torch
 
+from diffusion_opt.recipes import Recipe, Solver
+
 
 def clean_prediction(x_t, v, t):
     t = t.reshape(-1, 1, 1, 1)  # one time per picture, ready to multiply (B, C, H, W)
@@ -47,6 +49,17 @@ def adams_bashforth_by_hand(model, x, times):
 
 chosen_shift = 0.4
 
+conflict = ("student", "solver")
+
+
+def predicted_speedup(macs, rate, new_macs, new_rate, overhead_s):
+    before = overhead_s + macs / rate
+    after = overhead_s + new_macs / new_rate
+    return before / after
+
+
+my_recipe = Recipe((Solver(2),))
+
 SOLUTIONS = {
     "ex_00_1": clean_prediction,
     "ex_01_1": attention_macs,
@@ -54,4 +67,7 @@ SOLUTIONS = {
     "ex_02_1": heun_by_hand,
     "ex_02_2": adams_bashforth_by_hand,
     "ex_02_3": chosen_shift,
+    "ex_12_1": conflict,
+    "ex_12_2": predicted_speedup,
+    "ex_12_3": my_recipe,
 }

@@ -12,6 +12,7 @@ overrides `encode_prompt` and fills in the settings its weights were made for; `
 same folder (with `text_encoder=None, tokenizer=None`) and gives the same pictures from the same embeddings.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -57,7 +58,7 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
     """One learned token a class, (B,) labels -> (B, 1, dim); label `len(class_names)` means "no class"."""
 
     @register_to_config
-    def __init__(self, class_names: tuple[str, ...] = (), dim: int = 64) -> None:
+    def __init__(self, class_names: Sequence[str] = (), dim: int = 64) -> None:
         super().__init__()
         self.table = nn.Embedding(len(class_names) + 1, dim)
 
