@@ -13,6 +13,7 @@ in marker as well, so they do in print. Values stand at the bars and names at th
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -129,7 +130,7 @@ def curves(
         if logarithmic:
             axis.set(xscale="log", yscale="log")
             ticks = sorted({x for line in lines.values() for x in line})
-            if len(ticks) <= 12:
+            if all(b >= 1.2 * a for a, b in pairwise(ticks)):  # labels would overlap
                 axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
                 axis.set_xticks([], minor=True)
             _plain_ticks(axis.yaxis)
