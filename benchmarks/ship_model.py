@@ -1,7 +1,7 @@
 """Put a trained pipeline into the repository, with a card that says how it was made and how good it is.
 
-    python benchmarks/ship_model.py fashion runs/teacher-fashion --guidance 1.5
-    python benchmarks/ship_model.py fashion-1step runs/fashion-1step
+    python benchmarks/ship_model.py fashion runs/teacher-fashion "diffusion-opt train teacher" --guidance 2
+    python benchmarks/ship_model.py fashion-4step runs/fashion-4step "diffusion-opt distill --steps 4"
 
 The weights are rounded to half precision first and the rounded pipeline is what is measured. Every number of the card
 comes from this run and is stored beside it in `benchmarks/results/model-<name>.json`.
@@ -27,8 +27,8 @@ CARD = """# {name}
 | network | stock `Flux2Transformer2DModel`, {parameters:.2f} M parameters, stored in half precision |
 | trained on | {origin} |
 | command | `{command}` |
-| training | {steps:,} optimizer steps of {batch_size} images ({images:,} images) in {minutes:.0f} minutes, on {cpu} |
-| sampling | {nfe} network passes: {sampling_steps} steps, guidance scale {guidance:g} |
+| training | {steps:,} optimizer steps of {batch_size} images in {minutes:.0f} minutes (the last command), on {cpu} |
+| sampling | network passes: {nfe}; steps: {sampling_steps}; guidance scale: {guidance:g} |
 | {metric} | {distance:.2f} [{low:.2f}, {high:.2f}] at {samples:,} samples; real training images score {floor:.2f} |
 | precision, recall | {precision:.3f}, {recall:.3f} |
 | class agreement | {agreement:.1f} % (a shipped classifier sees the asked class) |
@@ -43,6 +43,7 @@ text_encoder=None, tokenizer=None)`. Measured by `python benchmarks/ship_model.p
 def main(
     name: Annotated[str, tyro.conf.Positional],
     run: Annotated[Path, tyro.conf.Positional],
+    command: Annotated[str, tyro.conf.Positional],
     guidance: float | None = None,
     samples: int = 2000,
     batch_size: int = 100,
@@ -52,6 +53,7 @@ def main(
     Args:
         name: one of the names in diffusion_opt.models.SHIPPED.
         run: the training's working folder.
+        command: the command (or commands) that made it, for the card.
         guidance: the guidance scale the pipeline gets as its default (teachers only).
         samples: images behind the quality figures.
         batch_size: images a call.
@@ -68,18 +70,14 @@ def main(
     record = measure(pipe, num_samples=samples, batch_size=batch_size, rounds=1)
     state = json.loads((run / "checkpoint" / "state.json").read_text())
     quality, steps = record.quality, state["step"]
-    command = f"diffusion-opt distill --steps {pipe.config.default_steps}"
-    if model.teacher is None:
-        command = f"diffusion-opt train teacher --model {name}"
     card = CARD.format(
         name=name,
         summary=model.summary,
         parameters=sum(p.numel() for p in pipe.transformer.parameters()) / 1e6,
-        origin=f"trajectories of `{model.teacher}`, no images" if model.teacher else "Fashion-MNIST, 60,000 images",
+        origin=f"the teacher `{model.teacher}` alone, no images" if model.teacher else "Fashion-MNIST, 60,000 images",
         command=command,
         steps=steps,
         batch_size=state["config"]["batch_size"],
-        images=steps * state["config"]["batch_size"],
         minutes=state["seconds"] / 60,
         cpu=f"{record.machine['cores']} cores of {record.machine['cpu']}",
         nfe=record.nfe,
