@@ -36,7 +36,7 @@ class PixelShuffleVAE(ModelMixin, ConfigMixin):
     def __init__(
         self,
         in_channels: int = 1,
-        block_out_channels: tuple[int, ...] = (1, 1),
+        block_out_channels: Sequence[int] = (1, 1),
         sample_size: int = 28,
         batch_norm_eps: float = 0.0,
     ) -> None:
