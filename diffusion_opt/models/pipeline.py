@@ -8,8 +8,9 @@ has neither a VAE nor a text encoder to spare:
     ClassEmbedder      a "text encoder" that is a table: one token a class, the last row for "no class" (guidance)
 
 Together with the 2x2 packing of FLUX.2 a folding factor of 2 gives one token for each 4x4 patch. `TinyFlux2Pipeline`
-overrides `encode_prompt` and fills in the settings its weights were made for; `Flux2KleinPipeline` itself opens the
-same folder (with `text_encoder=None, tokenizer=None`) and gives the same pictures from the same embeddings.
+overrides `encode_prompt`, unpacks a batch at once, and fills in the settings its weights were made for;
+`Flux2KleinPipeline` itself opens the same folder (with `text_encoder=None, tokenizer=None`) and gives the same pictures
+from the same embeddings.
 """
 
 from collections.abc import Sequence
@@ -134,6 +135,16 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
             prompt_embeds = self.class_embedder(self.class_embedder.labels("" if prompt is None else prompt).to(device))
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, torch.zeros(*prompt_embeds.shape[:2], 4, device=device)
+
+    @staticmethod
+    def _unpack_latents_with_ids(
+        x: Float[Tensor, "b n c"], x_ids: Float[Tensor, "b n 4"] | Int[Tensor, "b n 4"], height: int, width: int
+    ) -> Float[Tensor, "b c h w"]:
+        """Tokens back to a grid by their ids, as the parent does one image after the other, for the whole batch."""
+        cells = (x_ids[..., 1] * width + x_ids[..., 2]).long()
+        grid = torch.zeros(len(x), height * width, x.shape[2], dtype=x.dtype, device=x.device)
+        grid.scatter_(1, cells[..., None].expand_as(x), x)
+        return grid.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
     def __call__(
         self,
