@@ -104,4 +104,4 @@ class TeaCache:
 
     def describe(self) -> str:
         scale = "" if self.curve == "identity" else ", calibrated"
-        return f"TeaCache: skip steps below {self.threshold:g} accumulated change, {self.predictor} the rest{scale}"
+        return f"TeaCache at {self.threshold:g} with {self.predictor}{scale}"

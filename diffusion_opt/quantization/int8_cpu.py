@@ -144,4 +144,4 @@ class DynamicInt8:
         delattr(pipe.transformer, UNDO)
 
     def describe(self) -> str:
-        return "INT8 linears in the blocks, real CPU kernel (weights per channel, activations dynamic per tensor)"
+        return "INT8 linears (real CPU kernel)"

@@ -27,7 +27,9 @@ COLUMNS = {
     "recall": lambda r: f"{r['recall']:.2f}",
     "recipe": lambda r: r["recipe"],
 }
-EXAMPLES = 10  # images shown of each rung, one a class
+TICKS = (1, 3, 10, 30, 100, 300)  # of the speed axis
+LEFT = ("rung", "recipe")  # columns of text
+EXAMPLES = 20  # images shown of each rung, two a class
 
 
 def as_dict(result: LadderResult, command: str) -> dict[str, Any]:
@@ -52,9 +54,9 @@ def table(rows: list[dict[str, Any]]) -> "Table":
     """A rich table with one line a rung."""
     from rich.table import Table
 
-    view = Table(title=f"The ladder: {rows[0]['features']}, lower is better; floor {rows[0]['fid_floor']:.1f}")
+    view = Table(title=f"The ladder by {rows[0]['features']}: lower is better, real images {rows[0]['fid_floor']:.1f}")
     for name in COLUMNS:
-        view.add_column(name, justify="left" if name in ("rung", "recipe") else "right", overflow="fold")
+        view.add_column(name, justify="left" if name in LEFT else "right", no_wrap=name != "recipe")
     for row in rows:
         view.add_row(*(cell(row) for cell in COLUMNS.values()))
     return view
@@ -79,10 +81,12 @@ def figure(result: LadderResult) -> "Figure":
         axis.errorbar(row["speedup"], row["fid"], yerr=spread, fmt="o", capsize=3)
         axis.annotate(row["name"], (row["speedup"], row["fid"]), textcoords="offset points", xytext=(6, 6), fontsize=9)
     axis.axhline(rows[0]["fid_floor"], linestyle=":", color="gray")
+    axis.text(1, rows[0]["fid_floor"], " real images against real images", fontsize=8, color="gray", va="bottom")
     axis.set(
         xscale="log", xlabel="times faster than the teacher, per image", ylabel=rows[0]["features"], ylim=(0, None)
     )
-    axis.text(1, rows[0]["fid_floor"], " real images against real images", fontsize=8, color="gray", va="bottom")
+    axis.set_xticks(TICKS, [f"{tick}x" for tick in TICKS])
+    axis.set_xlim(0.8, 2.5 * max(row["speedup"] for row in rows))  # room for the last label
     return page
 
 

@@ -17,6 +17,7 @@ SCHEDULERS = {
     "euler": FlowMatchEulerDiscreteScheduler,
     "adams_bashforth2": FlowMatchAdamsBashforthScheduler,
 }
+_TITLES = {"euler": "Euler", "adams_bashforth2": "Adams-Bashforth"}
 _UNDO = "_diffusion_opt_undo"
 
 
@@ -46,7 +47,7 @@ class Solver:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def describe(self) -> str:
-        return f"{self.steps} steps with {self.name}"
+        return f"{self.steps} {_TITLES[self.name]} steps"
 
     def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
         """Swap the scheduler and set the default step count. Raises ValueError on a step-distilled student."""

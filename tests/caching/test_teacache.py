@@ -90,7 +90,7 @@ def test_one_pass_guidance_and_a_single_image(pipe):
 def test_settings_round_trip_and_bad_ones_are_refused(pipe):
     technique = TeaCache(0.25, "reuse")
     assert TeaCache(**json.loads(json.dumps(dataclasses.asdict(technique)))) == technique
-    assert technique.describe() == "TeaCache: skip steps below 0.25 accumulated change, reuse the rest"
+    assert technique.describe() == "TeaCache at 0.25 with reuse"
     for threshold in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"got {threshold}"):
             TeaCache(threshold)
