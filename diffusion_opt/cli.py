@@ -57,6 +57,8 @@ def demo(
     written = report.write(result, out, f"diffusion-opt {shlex.join(sys.argv[1:])}")
     console = Console()
     console.print(report.table(written["rungs"]))
+    for rung in written["rungs"]:
+        console.print(f"{rung['name']}: {rung['recipe']}", highlight=False)
     for name, reason in result.skipped.items():
         console.print(f"left out: {name}: {reason}")
     console.print(f"Report: {out / 'report.html'}, picture: {out / 'ladder.png'}, data: {out / 'report.json'}")
