@@ -93,7 +93,7 @@ def main(
         recall=quality.recall,
         agreement=100 * quality.class_agreement,
     )
-    ship(load(model.folder), model.folder, card)
+    (model.folder / "README.md").write_text(card)
     RESULTS.mkdir(exist_ok=True)
     stored = {"training": state, **asdict(record)}
     (RESULTS / f"model-{name}.json").write_text(json.dumps(stored, indent=2) + "\n")

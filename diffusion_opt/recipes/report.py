@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusion_opt.evaluation import machine
 from diffusion_opt.recipes.ladder import TEACHER, LadderResult
 
 if TYPE_CHECKING:
@@ -33,12 +32,13 @@ EXAMPLES = 20  # images shown of each rung, two a class
 
 def as_dict(result: LadderResult, command: str) -> dict[str, Any]:
     """The report as plain data: `rungs` (the teacher first), the machine, the protocol and what was left out."""
-    protocol = result.measurements[TEACHER].protocol
+    teacher = result.measurements[TEACHER]
+    protocol = teacher.protocol
     return {
         "rungs": result.rows(),
         "skipped": result.skipped,
         "command": command,
-        "machine": machine(),
+        "machine": teacher.machine,
         "protocol": {
             "samples": protocol.num_samples,
             "batch_size": protocol.batch_size,
