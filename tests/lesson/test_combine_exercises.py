@@ -5,6 +5,7 @@ import pytest
 from diffusion_opt.caching import TeaCache
 from diffusion_opt.lesson import checks
 from diffusion_opt.lesson.checks import WrongAnswerError
+from diffusion_opt.models import load
 from diffusion_opt.quantization import DynamicInt8
 from diffusion_opt.recipes import Recipe, Solver, Student
 
@@ -86,9 +87,9 @@ def test_any_recipe_that_saves_enough_passes(recipe, capsys):
 
 def test_the_pair_that_conflicts_is_the_one_that_the_pipeline_refuses():
     """The check's answer, found by trial: every other pair of different kinds is taken."""
-    refused = checks.load("fashion")
+    refused = load("fashion")
     with pytest.raises(ValueError, match="distilled for its own steps"):
         Recipe((Student("fashion-4step"), Solver(8))).apply(refused)
     for pair in [(Student("fashion-4step"), DynamicInt8()), (Student("fashion-4step"), TeaCache(0.2)),
                  (Solver(8), DynamicInt8()), (Solver(8), TeaCache(0.2)), (DynamicInt8(), TeaCache(0.2))]:  # fmt: skip
-        Recipe(pair).apply(checks.load("fashion"))
+        Recipe(pair).apply(load("fashion"))

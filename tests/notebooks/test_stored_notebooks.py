@@ -15,7 +15,7 @@ from diffusion_opt.lesson import checks, solutions
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-SOLUTION_TEXT = inspect.getsource(solutions)
+SOLUTION_TEXT = "\n".join(inspect.getsource(lesson) for lesson in solutions.LESSONS)
 
 
 def cells(tool, path, kind):

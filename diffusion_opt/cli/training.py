@@ -1,67 +1,11 @@
-"""`diffusion-opt`: one command, thin over the package's functions. `diffusion-opt --help` lists what it can do."""
+"""`diffusion-opt train` and `diffusion-opt distill`: make the teacher and its students."""
 
-import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-Device = Literal["auto", "cpu", "cuda"]
-RUNS = Path("runs")
-
-
-def doctor() -> None:
-    """Say what this machine has, what will be slow on it, and what to do next."""
-    from diffusion_opt.doctor import diagnose, print_report
-
-    diagnosis = diagnose()
-    print_report(diagnosis)
-    raise SystemExit(diagnosis.exit_code)
-
-
-def demo(
-    samples: int = 500,
-    batch_size: int = 50,
-    threads: int | None = None,
-    device: Device = "auto",
-    seed: int = 0,
-    out: Path = RUNS / "demo",
-    compile: bool = False,
-) -> None:
-    """Run the ladder: from the 50-step teacher with guidance to everything combined, speed and quality in one run.
-
-    Prints the table and writes report.json, report.html and ladder.png.
-
-    Args:
-        samples: images behind each quality figure; fewer is faster and less certain.
-        batch_size: images a call.
-        threads: CPU threads of torch; default: torch's own choice.
-        device: where to run; auto takes the GPU if there is one.
-        seed: of noise and bootstrap.
-        out: folder for the report.
-        compile: also torch.compile every rung; the first calls then take minutes.
-    """
-    if samples < 20:
-        raise ValueError(f"--samples must be at least 20 for a quality figure, got {samples}")
-    if not 1 <= batch_size <= samples:
-        raise ValueError(f"--batch-size must lie in 1 … {samples} (the samples), got {batch_size}")
-    _writable(out)
-    device = _settle(device, threads)
-    from rich.console import Console
-
-    from diffusion_opt.recipes import report, run_ladder
-
-    result = run_ladder(num_samples=samples, batch_size=batch_size, seed=seed, device=device, compile=compile)
-    written = report.write(result, out, f"diffusion-opt {shlex.join(sys.argv[1:])}")
-    console = Console()
-    console.print(report.table(written["rungs"]))
-    for rung in written["rungs"]:
-        console.print(f"{rung['name']}: {rung['recipe']}", highlight=False)
-    for name, reason in result.skipped.items():
-        console.print(f"left out: {name}: {reason}")
-    console.print(f"Report: {out / 'report.html'}, picture: {out / 'ladder.png'}, data: {out / 'report.json'}")
+from diffusion_opt.cli.options import RUNS, Device, settle, writable
 
 
 def train(
@@ -91,14 +35,14 @@ def train(
     """
     from dataclasses import replace
 
-    device = _settle(device, threads)
+    device = settle(device, threads)
     from diffusion_opt.distillation.make import TEACHERS, make_teacher
 
     config = replace(TEACHERS[model], seed=seed)
     if minutes is not None or steps is not None:
         config = replace(config, minutes=minutes, steps=steps)
     out = out or RUNS / f"teacher-{model}"
-    _writable(out)
+    writable(out)
     _, result = make_teacher(model, config, out, device)
     _say(result, out)
 
@@ -136,7 +80,7 @@ def distill(
     """
     from dataclasses import replace
 
-    device = _settle(device, threads)
+    device = settle(device, threads)
     from diffusion_opt.distillation.make import MATCHED, PAIRS, STUDENTS, make_matched_student, make_student
     from diffusion_opt.models import load
 
@@ -147,7 +91,7 @@ def distill(
     guidance = guidance or load(teacher).config.default_guidance
     name = Path(teacher).name
     out = out or RUNS / (f"{name}-{steps}step" + ("-dmd2" if method == "dmd2" else ""))
-    _writable(out)
+    writable(out)
     if method == "ode":
         pair_config = replace(PAIRS, seed=seed, guidance_scale=guidance, num_pairs=pairs or PAIRS.num_pairs)
         _, result = make_student(teacher, steps, config, pair_config, out, RUNS / f"{name}-pairs", device)
@@ -160,53 +104,3 @@ def distill(
 def _say(result, out: Path) -> None:
     state = "finished" if result.finished else "stopped; run the same command to go on"
     print(f"{state} after {result.step:,} steps and {result.seconds / 60:.1f} minutes; pipeline in {out / 'pipeline'}")
-
-
-def _settle(device: Device, threads: int | None) -> str:
-    """Set torch's threads and choose the device. Raises ValueError if a GPU was asked for and there is none."""
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda: torch sees no NVIDIA GPU here; leave the flag out, or see `diffusion-opt doctor`"
-        )
-    return device
-
-
-def _writable(folder: Path) -> None:
-    """Make a folder before the long work starts. Raises ValueError if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from error
-
-
-COMMANDS = {
-    "doctor": doctor,
-    "demo": demo,
-    "train": train,
-    "distill": distill,
-}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point: expected failures end in one line on standard error and exit code 2."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="diffusion-opt", description=__doc__, args=arguments)
-    except (ValueError, OSError) as error:
-        print(f"diffusion-opt: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    main()

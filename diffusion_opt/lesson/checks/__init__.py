@@ -1,0 +1,28 @@
+"""Checks of the exercises: `checks.ex_02_1(my_answer)`, one file a lesson.
+
+Each check answers in one of three ways. A stub (`...`, None, or a function that returns one of them or raises
+NotImplementedError) gets "not yet: …" with the next thing to do, and no error, so that a notebook with open exercises
+runs to its end. A wrong answer raises WrongAnswerError; where it equals a typical mistake, the message says which one.
+A right answer gets "correct: …" with what to take along. An error inside the reader's own function is left as it is.
+"""
+
+from diffusion_opt.lesson.checks.answers import WrongAnswerError
+from diffusion_opt.lesson.checks.combine import ex_12_1, ex_12_2, ex_12_3
+from diffusion_opt.lesson.checks.fewer_steps import SHARP_RING, ex_02_1, ex_02_2, ex_02_3, shift_error
+from diffusion_opt.lesson.checks.start_here import ex_00_1
+from diffusion_opt.lesson.checks.why_slow import ex_01_1, ex_01_2
+
+__all__ = [
+    "SHARP_RING",
+    "WrongAnswerError",
+    "ex_00_1",
+    "ex_01_1",
+    "ex_01_2",
+    "ex_02_1",
+    "ex_02_2",
+    "ex_02_3",
+    "ex_12_1",
+    "ex_12_2",
+    "ex_12_3",
+    "shift_error",
+]
