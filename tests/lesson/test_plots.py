@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 from diffusion_opt.lesson import plots
+from diffusion_opt.lesson.plots.style import WIDTH
 
 IMAGES = torch.linspace(-1, 1, 3 * 5 * 7).reshape(3, 1, 5, 7)
 FIGURES = {
@@ -16,6 +17,7 @@ FIGURES = {
     "stacked_shares": lambda: plots.stacked_shares({"r": {"a": 1.0, "b": 3.0}, "s": {"a": 2.0, "b": 2.0}}),
     "bars": lambda: plots.bars({"a": 1.5, "b": 3.0}, "ms"),
     "roofline": lambda: plots.roofline({"a": (0.2, 1e9), "b": (40.0, 5e10)}, peak=6e10, bandwidth=2e10),
+    "matrices": lambda: plots.matrices({"a": torch.rand(4, 6), "b": torch.rand(4, 30)}, x_label="x", title="T"),
     "paths": lambda: plots.paths({"a": torch.randn(4, 6, 2), "b": torch.randn(2, 6, 2)}, torch.randn(9, 2)),
 }
 
@@ -29,7 +31,7 @@ def test_a_figure_is_returned_closed_and_can_be_drawn(name, tmp_path):
     assert plt.rcParams["font.size"] == style
     figure.savefig(tmp_path / "figure.png")
     width, height = figure.get_size_inches()
-    assert width <= plots.WIDTH + 0.01 and height <= 12
+    assert width <= WIDTH + 0.01 and height <= 12
 
 
 @pytest.mark.parametrize("name", FIGURES)
