@@ -1,6 +1,8 @@
 """What we speed up: pipelines, the shipped checkpoints, one adapter for each transformer family."""
 
+from diffusion_opt.models.block_stack import BlockStack, Streams, block_stack
 from diffusion_opt.models.build import SIZES, TinyFlux2Config, build_pipeline
+from diffusion_opt.models.flow_map import flow_map_transformer
 from diffusion_opt.models.flux2 import Flux2Velocity, TokenCondition, position_ids, velocity_model
 from diffusion_opt.models.pipeline import ClassEmbedder, PixelShuffleVAE, TinyFlux2Pipeline
 from diffusion_opt.models.schedulers import FlowMatchAdamsBashforthScheduler
@@ -9,15 +11,19 @@ from diffusion_opt.models.zoo import SHIPPED, ShippedModel, load, ship
 __all__ = [
     "SHIPPED",
     "SIZES",
+    "BlockStack",
     "ClassEmbedder",
     "FlowMatchAdamsBashforthScheduler",
     "Flux2Velocity",
     "PixelShuffleVAE",
     "ShippedModel",
+    "Streams",
     "TinyFlux2Config",
     "TinyFlux2Pipeline",
     "TokenCondition",
+    "block_stack",
     "build_pipeline",
+    "flow_map_transformer",
     "load",
     "position_ids",
     "ship",

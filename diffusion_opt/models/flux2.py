@@ -51,8 +51,9 @@ class Flux2Velocity(nn.Module):
     """VelocityModel over images of a pipeline with a `Flux2Transformer2DModel`.
 
     `transformer` and `embedder` are the pipeline's own modules, shared and not copied: training this trains them.
-    `embedder` may be None when every condition comes as a `TokenCondition`. `guidance` is the scale fed to
-    guidance-embedded (guidance-distilled) transformers and must be None for all others.
+    `embedder` may be None when every condition comes as a `TokenCondition`. What a transformer with `guidance_embeds`
+    finds in that slot is either `guidance`, a scale (guidance-distilled models), or with `two_time` the length t - r of
+    the jump (flow maps, see `flow_map.py`); all others take neither.
     """
 
     def __init__(
@@ -61,14 +62,17 @@ class Flux2Velocity(nn.Module):
         embedder: nn.Module | None,
         vae: nn.Module,
         guidance: float | None = None,
+        two_time: bool = False,
     ) -> None:
         super().__init__()
-        if transformer.config.guidance_embeds != (guidance is not None):
-            needs = "needs guidance=<scale>" if transformer.config.guidance_embeds else "takes no guidance"
+        if transformer.config.guidance_embeds != (two_time or guidance is not None) or (two_time and guidance):
+            wanted = "needs guidance=<scale> or two_time=True, one of them"
+            needs = wanted if transformer.config.guidance_embeds else "takes no guidance and no second time"
             raise ValueError(f"this transformer {needs}: guidance_embeds is {transformer.config.guidance_embeds}")
         self.transformer = transformer
         self.embedder = embedder
         self.guidance = guidance
+        self.two_time = two_time
         self._vae = [vae]  # in a list, so that the VAE is no submodule: it is frozen and not trained or saved with us
 
     def tokens(self, condition: ClassCondition | TokenCondition) -> Float[Tensor, "b l d"]:
@@ -96,22 +100,27 @@ class Flux2Velocity(nn.Module):
         condition: ClassCondition | TokenCondition | None = None,
         r: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """Velocity (B, C, H, W) at times t (B,). Raises ValueError without a condition or with a target time r."""
+        """Velocity (B, C, H, W) at times t (B,), or the mean velocity of the jump from t to r for a flow map.
+
+        Raises ValueError without a condition, or with a target time r for a model that knows one time.
+        """
         if condition is None:
             raise ValueError("FLUX.2 always has a text stream: pass condition.drop() for no condition, not None")
-        if r is not None:
+        if r is not None and not self.two_time:
             raise ValueError("a stock FLUX.2 transformer knows one time; a target time r needs a flow-map student")
         hidden_states, grid = self.pack(x_t)
         text = self.tokens(condition)
         txt_ids = Flux2KleinPipeline._prepare_text_ids(text[:1])[0].to(x_t.device, torch.float32)
-        guidance = None if self.guidance is None else torch.full_like(t, self.guidance)
+        slot = None if self.guidance is None else torch.full_like(t, self.guidance)
+        if self.two_time:
+            slot = torch.zeros_like(t) if r is None else t - r
         velocity = self.transformer(
             hidden_states=hidden_states,
             encoder_hidden_states=text,
             timestep=t.to(x_t.dtype),
             img_ids=position_ids(*grid, device=x_t.device),
             txt_ids=txt_ids,
-            guidance=guidance,
+            guidance=slot,
             return_dict=False,
         )[0]
         return self.unpack(velocity, grid)
@@ -129,4 +138,5 @@ def velocity_model(pipe: DiffusionPipeline, guidance: float | None = None) -> Fl
         )
     if not isinstance(pipe.vae, PixelShuffleVAE):
         raise TypeError(f"a velocity on pixels needs a PixelShuffleVAE, got {type(pipe.vae).__name__}")
-    return Flux2Velocity(pipe.transformer, getattr(pipe, "class_embedder", None), pipe.vae, guidance)
+    two_time = bool(pipe.config.get("flow_map", False))
+    return Flux2Velocity(pipe.transformer, getattr(pipe, "class_embedder", None), pipe.vae, guidance, two_time)

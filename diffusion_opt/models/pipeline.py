@@ -14,6 +14,7 @@ from the same embeddings.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from diffusion_opt.models.flow_map import scheduled_jumps
 
 
 class PixelShuffleVAE(ModelMixin, ConfigMixin):
@@ -91,7 +94,7 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
     """Class names to images: `pipe("sneaker").images[0]`, or `pipe(["bag", "coat"], generator=g, output_type="pt")`.
 
     Steps and guidance scale default to what the weights were trained for (`default_steps`, `default_guidance` in
-    `model_index.json`); the rest of the call is `Flux2KleinPipeline`'s. Images are (B, 1, H, W) in [0, 1] for
+    `model_index.json`); with `flow_map` each pass is told how far to jump; the rest of the call is `Flux2KleinPipeline`'s. Images are (B, 1, H, W) in [0, 1] for
     `output_type="pt"`, PIL images otherwise.
     """
 
@@ -108,6 +111,7 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
         is_distilled: bool = False,
         default_steps: int = 50,
         default_guidance: float = 1.0,
+        flow_map: bool = False,
     ) -> None:
         super().__init__(
             scheduler=scheduler,
@@ -118,7 +122,7 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
             is_distilled=is_distilled,
         )
         self.register_modules(class_embedder=class_embedder)
-        self.register_to_config(default_steps=default_steps, default_guidance=default_guidance)
+        self.register_to_config(default_steps=default_steps, default_guidance=default_guidance, flow_map=flow_map)
         self.default_sample_size = vae.config.sample_size // self.vae_scale_factor
 
     def encode_prompt(
@@ -160,6 +164,8 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
             guidance_scale = self.config.default_guidance
         if isinstance(prompt, int):
             prompt = [prompt]
-        return super().__call__(
-            prompt=prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **kwargs
-        )
+        jumps = scheduled_jumps(self.transformer, self.scheduler) if self.config.flow_map else nullcontext()
+        with jumps:
+            return super().__call__(
+                prompt=prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **kwargs
+            )

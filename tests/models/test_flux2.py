@@ -152,7 +152,7 @@ def test_samples_of_a_batch_do_not_see_each_other(pipe):
 
 def test_guidance_is_needed_by_guidance_embedded_transformers_and_refused_by_others(pipe):
     vae = PixelShuffleVAE(in_channels=3)
-    with pytest.raises(ValueError, match="needs guidance=<scale>: guidance_embeds is True"):
+    with pytest.raises(ValueError, match="needs guidance=<scale> or two_time=True, one of them"):
         Flux2Velocity(full_layout(guidance_embeds=True), None, vae)
     with pytest.raises(ValueError, match="takes no guidance: guidance_embeds is False"):
         Flux2Velocity(full_layout(guidance_embeds=False), None, vae, guidance=4.0)
