@@ -13,11 +13,11 @@ OFFLINE := HF_HUB_OFFLINE=1
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .NOTPARALLEL:
-.PHONY: help install demo lab test lint layers unit slow compiled lessons notebooks lock format clean
+.PHONY: help install demo lab test lint layers unit slow compiled interpreted lessons notebooks lock format clean
 .DEFAULT_GOAL := help
 
 help:             ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install:          ## set up .venv, or do nothing if it is current (ARGS for tools/install.py)
 	@$(PYTHON) tools/install.py $(if $(filter install,$(MAKECMDGOALS)),$(ARGS))
@@ -28,7 +28,7 @@ demo: install     ## the whole ladder, from the 50-step teacher to the combined 
 lab: install      ## open the course in JupyterLab
 	@$(BIN)/jupyter lab notebooks $(ALLOW_ROOT)
 
-test: install lint layers unit slow compiled lessons    ## everything that must pass; stops at the first failure
+test: install lint layers unit slow compiled interpreted lessons    ## everything that must pass; stops at the first failure
 	@echo "== all stages passed"
 
 lint: install     ## style and spelling, notebooks included
@@ -47,11 +47,15 @@ unit: install     ## fast tests, shapes checked at run time
 
 slow: install     ## tests that take minutes
 	@echo "== slow: longer tests"
-	@$(BIN)/python -m pytest -q -m "slow and not compiled" || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -q -m "slow and not compiled and not interpreted" || [ $$? -eq 5 ]
 
 compiled: install ## torch.compile tests, in a call without run-time shape checks
 	@echo "== compiled: torch.compile tests"
 	@$(BIN)/python -m pytest -q -m compiled || [ $$? -eq 5 ]
+
+interpreted: install ## Triton kernels without a GPU, in Triton's interpreter
+	@echo "== interpreted: Triton kernels in the interpreter"
+	@$(BIN)/python -m pytest -q -m interpreted || [ $$? -eq 5 ]
 
 lessons: install  ## run each notebook in fast mode
 	@echo "== lessons: notebooks in fast mode"

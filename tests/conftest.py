@@ -5,8 +5,13 @@ test fails where a shape is wrong and not three calls later. torch.compile canno
 marked `compiled` run in their own call, `pytest -m compiled`, without the hook. A test that hands over wrong shapes on
 purpose, to read the function's own error, is marked `wrong_shapes`. One thread makes sums come out the same on every
 machine, and small tensors are no slower for it.
+
+Triton decides at import whether a kernel is compiled or interpreted, so tests marked `interpreted` have their own call
+too: `pytest -m interpreted` sets TRITON_INTERPRET before the package is imported. Set it to 0 on a machine with a GPU
+and the same tests run compiled. The hook leaves kernels alone: they are source text for another compiler, not Python.
 """
 
+import ast
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
@@ -17,6 +22,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import jaxtyping._import_hook as jaxtyping_hook
 import pytest
 import torch
 from jaxtyping import config as jaxtyping_config
@@ -26,20 +32,32 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def wants_compiled(expression: str) -> bool:
-    """Whether a pytest `-m` expression asks for the compiled tests."""
-    return "compiled" in expression and "not compiled" not in expression
+def wants(marker: str, expression: str) -> bool:
+    """Whether a pytest `-m` expression asks for the tests with this marker."""
+    return marker in expression and f"not {marker}" not in expression
+
+
+def check_all_functions_but_kernels() -> None:
+    """Install the hook; to it a function under `@triton.jit` is one under `@no_type_check`."""
+    opts_out = jaxtyping_hook._is_no_type_check
+    jaxtyping_hook._is_no_type_check = lambda decorator: opts_out(decorator) or ast.unparse(decorator) == "triton.jit"
+    install_import_hook("diffusion_opt", "shape_checks.check")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    if not wants_compiled(config.option.markexpr):
-        install_import_hook("diffusion_opt", "shape_checks.check")
+    if wants("interpreted", config.option.markexpr):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if not wants("compiled", config.option.markexpr):
+        check_all_functions_but_kernels()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    hooked = not wants_compiled(config.option.markexpr)
+    hooked = not wants("compiled", config.option.markexpr)
+    runs_kernels = wants("interpreted", config.option.markexpr)
     for item in items:
+        if item.get_closest_marker("interpreted") and not runs_kernels:
+            item.add_marker(pytest.mark.skip(reason="runs Triton kernels; use `pytest -m interpreted`"))
         if hooked and item.get_closest_marker("compiled"):
             item.add_marker(pytest.mark.skip(reason="run-time shape checks are on; use `pytest -m compiled`"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -1,17 +1,93 @@
-"""Do not compute again what hardly changed: step caches as rule x predictor on the block stack."""
+"""Do not compute again what hardly changed: step caches as rule x predictor on the block stack.
 
-from diffusion_opt.caching.calibration import calibrate_teacache
-from diffusion_opt.caching.curve import TeaCacheCurve
-from diffusion_opt.caching.predictors import PREDICTORS, Extrapolation
-from diffusion_opt.caching.step_cache import StepCacheReport, step_cache_report
-from diffusion_opt.caching.teacache import TeaCache
+The rules are in `rules`, searched schedules in `schedule`, those that keep an error bound in `error_bound`. Caches that
+recompute some of the tokens are in `region`.
+"""
+
+from diffusion_opt.caching.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration import StepCalibration, calibrate_runs, calibrate_step_cache
+from diffusion_opt.caching.compiled import CompiledSchedule, compiled_schedule_report
+from diffusion_opt.caching.error_bound import ErrorBound, ErrorBoundedCache
+from diffusion_opt.caching.guidance_cache import GuidanceCache, guidance_cache_report
+from diffusion_opt.caching.hooks import cache_context
+from diffusion_opt.caching.predictors import PREDICTORS, Extrapolation, Hermite
+from diffusion_opt.caching.region import (
+    MODEL_SIZES,
+    ChunkAccumulators,
+    ChunkRegionCache,
+    EditRegionCache,
+    GenerationRegionCache,
+    ModelSize,
+    ReferenceRegionCache,
+    RegionPass,
+    RegionReport,
+    RollingKeyValues,
+    StreamingRegionCache,
+    edit,
+    region_report,
+    reset_region_cache,
+    set_region,
+    size_of,
+    slot_bytes,
+    slot_table,
+    stream,
+)
+from diffusion_opt.caching.report import StepCacheReport, anchor_bytes, step_cache_report
+from diffusion_opt.caching.rules import (
+    EasyCache,
+    FirstBlockCache,
+    FixedInterval,
+    FixedSchedule,
+    MagCache,
+    StepTable,
+    TeaCache,
+)
+from diffusion_opt.caching.schedule import CacheSchedule, ScheduledCache
 
 __all__ = [
+    "MODEL_SIZES",
     "PREDICTORS",
+    "CacheSchedule",
+    "CalibratedRun",
+    "ChunkAccumulators",
+    "ChunkRegionCache",
+    "CompiledSchedule",
+    "EasyCache",
+    "EditRegionCache",
+    "ErrorBound",
+    "ErrorBoundedCache",
     "Extrapolation",
+    "FirstBlockCache",
+    "FixedInterval",
+    "FixedSchedule",
+    "GenerationRegionCache",
+    "GuidanceCache",
+    "Hermite",
+    "MagCache",
+    "ModelSize",
+    "ReferenceRegionCache",
+    "RegionPass",
+    "RegionReport",
+    "RollingKeyValues",
+    "ScheduledCache",
     "StepCacheReport",
+    "StepCalibration",
+    "StepTable",
+    "StreamingRegionCache",
     "TeaCache",
-    "TeaCacheCurve",
-    "calibrate_teacache",
+    "anchor_bytes",
+    "cache_context",
+    "calibrate_runs",
+    "calibrate_step_cache",
+    "compiled_schedule_report",
+    "edit",
+    "guidance_cache_report",
+    "region_report",
+    "reset_region_cache",
+    "set_region",
+    "size_of",
+    "slot_bytes",
+    "slot_table",
     "step_cache_report",
+    "stream",
 ]

@@ -29,7 +29,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Streams = dict[str, Float[Tensor, "b _ _"]]  # by name; each with its own number of tokens and width
+Streams = dict[str, Float[Tensor, "b ..."]]  # (b, n, d) by name, each with its own number of tokens and width
 Given = dict[str, Any]  # arguments of a block or of the transformer, by name
 
 
@@ -85,7 +85,7 @@ class BlockStack(ABC):
         return given["hidden_states"]
 
     def replaced(self, output: Any, end: Streams) -> Any:
-        """The last block's output with `end` in the place of the streams that the tail reads."""
+        """A block's output with `end` in the place of the streams that the tail reads."""
         return end["hidden"]
 
     @abstractmethod
@@ -179,7 +179,9 @@ class _Flux2(BlockStack):
         text = given["encoder_hidden_states"]  # single blocks get the fused stream, and None here
         return given["hidden_states"] if text is None else (text, given["hidden_states"])
 
-    def replaced(self, output: Tensor, end: Streams) -> Tensor:
+    def replaced(self, output: tuple[Tensor, Tensor] | Tensor, end: Streams) -> tuple[Tensor, Tensor] | Tensor:
+        if isinstance(output, tuple):
+            return output[0], end["hidden"]
         text = output[:, : -end["hidden"].shape[1]]
         return torch.cat([text, end["hidden"]], dim=1)
 

@@ -17,7 +17,19 @@ from typing import Any, Protocol
 
 from diffusers import DiffusionPipeline
 
-from diffusion_opt.caching import TeaCache
+from diffusion_opt.caching import (
+    CompiledSchedule,
+    EasyCache,
+    ErrorBoundedCache,
+    FirstBlockCache,
+    FixedInterval,
+    FixedSchedule,
+    GuidanceCache,
+    MagCache,
+    ScheduledCache,
+    StepTable,
+    TeaCache,
+)
 from diffusion_opt.quantization import DynamicInt8, ModeloptPTQ
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
 
@@ -46,19 +58,30 @@ class Kind:
     name: str
 
 
-WHAT, HOW, STORED, REUSED, COMPILED = (
+WHAT, HOW, STORED, REUSED, SPARED, COMPILED = (
     Kind(0, "network"),
     Kind(1, "solver"),
     Kind(2, "weights"),
     Kind(3, "step cache"),
-    Kind(4, "compilation"),
+    Kind(4, "guidance cache"),
+    Kind(5, "compilation"),
 )
 TECHNIQUES: dict[str, tuple[type, Kind]] = {
     "student": (Student, WHAT),
     "solver": (Solver, HOW),
     "dynamic_int8": (DynamicInt8, STORED),
     "modelopt_ptq": (ModeloptPTQ, STORED),
+    "fixed_interval": (FixedInterval, REUSED),
+    "fixed_schedule": (FixedSchedule, REUSED),
     "tea_cache": (TeaCache, REUSED),
+    "first_block_cache": (FirstBlockCache, REUSED),
+    "mag_cache": (MagCache, REUSED),
+    "easy_cache": (EasyCache, REUSED),
+    "step_table": (StepTable, REUSED),
+    "scheduled_cache": (ScheduledCache, REUSED),
+    "error_bounded_cache": (ErrorBoundedCache, REUSED),
+    "compiled_schedule": (CompiledSchedule, REUSED),
+    "guidance_cache": (GuidanceCache, SPARED),
     "compile": (Compile, COMPILED),
 }
 _NAMES = {technique: name for name, (technique, _) in TECHNIQUES.items()}

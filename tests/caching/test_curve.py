@@ -1,28 +1,13 @@
-"""The calibrated curve: isotonic, zero at zero, saved and read as it is, refused where it is malformed."""
-
-import dataclasses
-import json
+"""The calibrated curve: isotonic, zero at zero, linear between its knots."""
 
 import pytest
 import torch
-from caching.pipelines import small_pipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_opt.caching.curve import TeaCacheCurve, explained_variance, fingerprint, fit_curve, relative_change
+from diffusion_opt.caching.curve import IsotonicCurve, explained_variance, fit_isotonic, identity, relative_change
 
-CURVE = TeaCacheCurve(
-    changes=(0.0, 0.1, 0.3),
-    rescaled=(0.0, 0.4, 0.5),
-    model="0123456789abcdef",
-    scheduler="FlowMatchEulerDiscreteScheduler",
-    num_inference_steps=9,
-    guidance_scale=2.5,
-    num_pairs=80,
-    r2=0.9,
-    r2_step_table=0.95,
-    step_table=(0.3, 0.2),
-)
+CURVE = IsotonicCurve((0.0, 0.1, 0.3), (0.0, 0.4, 0.5))
 
 
 def isotonic_by_min_max(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -41,11 +26,11 @@ pairs = st.lists(st.tuples(st.integers(1, 500), st.integers(0, 500)), min_size=1
 @given(pairs)
 def test_the_fit_is_the_isotonic_regression(drawn):
     x, y = torch.tensor(drawn, dtype=torch.float64).div(100).unbind(1)
-    knots, values = fit_curve(x, y)
-    assert (knots[0], values[0]) == (0.0, 0.0)
+    curve = fit_isotonic(x, y)
+    assert (curve.changes[0], curve.rescaled[0]) == (0.0, 0.0)
     order = torch.argsort(x)
     best = isotonic_by_min_max(x[order], y[order])
-    for knot, value in list(zip(knots, values, strict=True))[1:]:  # a knot is the mean of its pool
+    for knot, value in list(zip(curve.changes, curve.rescaled, strict=True))[1:]:  # a knot is the mean of its pool
         pooled = (best - value).abs() < 1e-9
         assert pooled.any()
         assert knot == pytest.approx(float(x[order][pooled].mean()))
@@ -54,22 +39,21 @@ def test_the_fit_is_the_isotonic_regression(drawn):
 @given(pairs, st.floats(0, 10), st.floats(0, 10))
 def test_curves_never_fall_and_begin_at_zero(drawn, a, b):
     x, y = torch.tensor(drawn, dtype=torch.float64).div(100).unbind(1)
-    knots, values = fit_curve(x, y)
-    curve = dataclasses.replace(CURVE, changes=knots, rescaled=values)
+    curve = fit_isotonic(x, y)
     low, high = sorted((a, b))
     assert curve(0.0) == 0
     assert 0 <= curve(low) <= curve(high) <= float(y.max()) + 1e-9
 
 
 def test_equal_inputs_are_pooled():
-    assert fit_curve(torch.tensor([0.2, 0.2, 0.4]), torch.tensor([0.1, 0.3, 0.9])) == (
-        pytest.approx((0.0, 0.2, 0.4)),
-        pytest.approx((0.0, 0.2, 0.9)),
-    )
+    curve = fit_isotonic(torch.tensor([0.2, 0.2, 0.4]), torch.tensor([0.1, 0.3, 0.9]))
+    assert curve.changes == pytest.approx((0.0, 0.2, 0.4))
+    assert curve.rescaled == pytest.approx((0.0, 0.2, 0.9))
 
 
 def test_linear_between_knots_and_constant_beyond():
     assert [CURVE(x) for x in (0.05, 0.1, 0.2, 0.3, 7.0)] == pytest.approx([0.2, 0.4, 0.45, 0.5, 0.5])
+    assert identity(0.37) == 0.37
 
 
 def test_relative_change_is_per_sample():
@@ -82,6 +66,7 @@ def test_explained_variance_of_truth_and_of_the_mean():
     y = torch.tensor([1.0, 2.0, 6.0])
     assert explained_variance(y, y) == 1
     assert explained_variance(y, y.mean().expand(3)) == 0
+    assert explained_variance(y[:1], y[:1]) == 1
 
 
 @pytest.mark.parametrize(
@@ -95,50 +80,18 @@ def test_explained_variance_of_truth_and_of_the_mean():
 )
 def test_pairs_that_cannot_be_fitted(x, y, message):
     with pytest.raises(ValueError, match=message):
-        fit_curve(torch.tensor(x), torch.tensor(y))
-
-
-def test_a_saved_curve_reads_back_equal(tmp_path, monkeypatch):
-    CURVE.save(tmp_path / "curve.json")
-    assert TeaCacheCurve.load(tmp_path / "curve.json") == CURVE
-    monkeypatch.setenv("DIFFUSION_OPT_DATA", str(tmp_path))
-    assert TeaCacheCurve.load("curve.json") == CURVE
+        fit_isotonic(torch.tensor(x), torch.tensor(y))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "rescaled", "message"),
     [
-        ({"changes": [0.0, 0.3, 0.1]}, "knots of a curve rise"),
-        ({"rescaled": [0.0, 0.5, 0.4]}, "values never fall"),
-        ({"rescaled": [0.1, 0.4, 0.5]}, r"first \(0, 0\)"),
-        ({"changes": [0.0], "rescaled": [0.0]}, "two knots or more"),
-        ({"surplus": 1}, "not a TeaCache curve"),
+        ((0.0, 0.3, 0.1), (0.0, 0.4, 0.5), "knots of a curve rise"),
+        ((0.0, 0.1, 0.3), (0.0, 0.5, 0.4), "values never fall"),
+        ((0.0, 0.1, 0.3), (0.1, 0.4, 0.5), r"first \(0, 0\)"),
+        ((0.0,), (0.0,), "two knots or more"),
     ],
 )
-def test_a_malformed_file_is_refused(tmp_path, change, message):
-    path = tmp_path / "curve.json"
-    path.write_text(json.dumps(dataclasses.asdict(CURVE) | change))
+def test_a_curve_that_is_none_is_refused(changes, rescaled, message):
     with pytest.raises(ValueError, match=message):
-        TeaCacheCurve.load(path)
-
-
-def test_a_truncated_or_missing_file_is_refused(tmp_path):
-    path = tmp_path / "curve.json"
-    path.write_text(json.dumps(dataclasses.asdict(CURVE))[:50])
-    with pytest.raises(ValueError, match="not valid JSON"):
-        TeaCacheCurve.load(path)
-    with pytest.raises(FileNotFoundError, match="calibrate_teacache"):
-        TeaCacheCurve.load(tmp_path / "none.json")
-
-
-def test_the_fingerprint_knows_the_model_and_forgives_its_blocks():
-    pipe = small_pipeline()
-    print_ = fingerprint(pipe.transformer)
-    assert fingerprint(small_pipeline().transformer) == print_
-    assert fingerprint(small_pipeline(seed=1).transformer) != print_
-    assert fingerprint(small_pipeline(num_single=2).transformer) != print_
-    with torch.no_grad():
-        pipe.transformer.transformer_blocks[0].attn.to_q.weight.add_(1)
-        assert fingerprint(pipe.transformer) == print_
-        pipe.transformer.x_embedder.weight[0, 0] += 1
-    assert fingerprint(pipe.transformer) != print_
+        IsotonicCurve(changes, rescaled)

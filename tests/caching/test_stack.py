@@ -5,19 +5,20 @@ import copy
 import pytest
 import torch
 from caching.pipelines import generate, inputs_at, small_pipeline
-from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
+from diffusion_opt.caching import FixedInterval, StreamingRegionCache
 from diffusion_opt.caching.stack import StackCut, attached_cut, check_can_cut
 
 
 class Script:
     """A controller that does what it is told and keeps what it saw."""
 
-    def __init__(self, residual: torch.Tensor | None = None) -> None:
-        self.residual = residual
-        self.stacks, self.residuals, self.ended = [], [], 0
+    def __init__(self, residual: dict[str, torch.Tensor] | None = None, probe_blocks: int = 0) -> None:
+        self.residual, self.probe_blocks = residual, probe_blocks
+        self.stacks, self.residuals, self.outputs, self.ended = [], [], [], 0
 
     def begin(self, stack):
         self.stacks.append(stack)
@@ -25,6 +26,9 @@ class Script:
 
     def computed(self, stack, residual):
         self.residuals.append(residual)
+
+    def finished(self, stack, output):
+        self.outputs.append(output)
 
     def end_generation(self):
         self.ended += 1
@@ -58,10 +62,10 @@ def test_sees_the_two_ends_of_the_stack(num_double, num_single):
         out = transformer(**inputs_at(0.7))[0]
     assert torch.equal(out, dense)
     (stack,) = script.stacks
-    assert (stack.context, stack.step, stack.time, stack.num_text) == ("uncond", (3, 9), pytest.approx(0.7), 2)
-    assert torch.equal(stack.hidden, seen["start"])
+    assert (stack.context, stack.step, stack.time) == ("uncond", (3, 9), pytest.approx(0.7))
+    assert torch.equal(stack.main, seen["start"])
     assert torch.equal(stack.modulated(), seen["modulated"])
-    torch.testing.assert_close(script.residuals[0], seen["end"] - seen["start"])
+    torch.testing.assert_close(script.residuals[0]["hidden"], seen["end"] - seen["start"])
 
 
 @torch.no_grad()
@@ -75,9 +79,24 @@ def test_a_skipped_stack_adds_the_residual_and_runs_no_block():
     ran = []
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.register_forward_hook(lambda *_: ran.append(1))
-    attach(transformer, Script(residual))
+    attach(transformer, Script({"hidden": residual}))
     assert torch.equal(transformer(**given)[0], expected)
     assert not ran
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_the_controller_gets_the_output_of_computed_and_skipped_passes(pipe, return_dict):
+    script = Script()
+    cut = attach(pipe.transformer, script)
+    for residual in (None, {"hidden": torch.randn(2, 16, 32)}):
+        script.residual = residual
+        output = pipe.transformer(**inputs_at(0.7) | {"return_dict": return_dict})
+        assert torch.equal(script.outputs[-1], output[0])
+        assert cut.now.last_skipped == (residual is not None)
+    assert len(script.outputs) == 2
+    assert len(script.residuals) == 1
+    assert (cut.now.call, cut.now.stack, cut.now.skipped) == (None, None, None)  # no tensor outlives the pass
 
 
 @torch.no_grad()
@@ -119,7 +138,7 @@ def test_pipelines_report_the_context_the_time_and_the_end(pipe):
 
 
 def test_training_is_left_alone(pipe):
-    script = Script(torch.zeros(2, 16, 32))
+    script = Script({"hidden": torch.zeros(2, 16, 32)})
     attach(pipe.transformer, script)
     pipe.transformer.train()
     pipe.transformer(**inputs_at(0.7))[0].sum().backward()
@@ -134,7 +153,7 @@ def test_training_is_left_alone(pipe):
 def test_mixed_times_are_left_alone(pipe):
     given = inputs_at(0.7) | {"timestep": torch.tensor([0.7, 0.6])}
     expected = pipe.transformer(**given)[0]
-    script = Script(torch.zeros(2, 16, 32))
+    script = Script({"hidden": torch.zeros(2, 16, 32)})
     attach(pipe.transformer, script)
     assert torch.equal(pipe.transformer(**given)[0], expected)
     assert script.stacks == []
@@ -145,9 +164,9 @@ def test_what_cannot_be_cut_says_why(pipe):
     with pytest.raises(ValueError, match="got Linear"):
         check_can_cut(nn.Linear(2, 2))
     with torch.device("meta"):
-        wan = WanTransformer3DModel(num_layers=1, num_attention_heads=1, attention_head_dim=12, ffn_dim=8)
-    with pytest.raises(ValueError, match="got WanTransformer3DModel"):
-        StackCut(wan, Script())
+        flux1 = FluxTransformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=1, attention_head_dim=128)
+    with pytest.raises(ValueError, match="got FluxTransformer2DModel"):
+        StackCut(flux1, Script())
     with pytest.raises(ValueError, match=r"OptimizedModule \(apply a step cache before torch.compile"):
         check_can_cut(torch.compile(pipe.transformer))
     with pytest.raises(ValueError, match=r"got 1 \+ 0"):
@@ -163,3 +182,15 @@ def test_what_cannot_be_cut_says_why(pipe):
         pipe.transformer(**inputs_at(0.7), kv_cache_mode="extract")
     with pytest.raises(ValueError, match="cannot be deep-copied"):
         copy.deepcopy(pipe)
+
+
+def test_a_region_cache_on_the_transformer_is_refused_until_it_is_removed(pipe):
+    """Its passes are over some of the tokens, so a residual of the whole stack would not fit them."""
+    region = StreamingRegionCache()
+    region.apply(pipe)
+    with pytest.raises(ValueError, match="a region cache is on this transformer"):
+        check_can_cut(pipe.transformer)
+    with pytest.raises(ValueError, match="a region cache is on this transformer"):
+        FixedInterval(2).apply(pipe)
+    region.remove(pipe)
+    assert check_can_cut(pipe.transformer).blocks

@@ -1,29 +1,31 @@
 """The core: anchors, safeguards, shared decisions, resets and reports, with a rule that says when."""
 
+import threading
+
 import pytest
 import torch
 from caching.pipelines import generate, inputs_at, small_pipeline
+from small_transformers import family_pipeline, family_sample
 
 from diffusion_opt.caching.predictors import PREDICTORS, Extrapolation
+from diffusion_opt.caching.report import step_cache_report
 from diffusion_opt.caching.stack import StackCut
-from diffusion_opt.caching.step_cache import StepCache, step_cache_report
+from diffusion_opt.caching.step_cache import Rule, StepCache
 from diffusion_opt.models import FlowMatchAdamsBashforthScheduler
 
 
-class Eager:
+class Eager(Rule):
     """Skips whenever it may."""
 
-    active = True
-
     def __init__(self) -> None:
-        self.seen, self.starts = [], 0
+        self.seen, self.starts, self.willing = [], 0, True
 
     def start(self, pipe):
         self.starts += 1
 
     def skip(self, stack, forced):
         self.seen.append((stack.context, forced))
-        return not forced
+        return self.willing and not forced
 
 
 def cached(pipe, predictor="reuse", known=True) -> StepCache:
@@ -90,7 +92,7 @@ def test_the_second_generation_equals_the_first(pipe):
     ("first", "then"),
     [
         ([(0.9, {}), (0.8, {})], (0.95, {})),  # time goes up
-        ([(0.9, {})], (0.9, {})),  # and back at the same start
+        ([(0.9, {})], (0.9, {"seed": 5})),  # and back at the same start
         ([(0.9, {}), (0.8, {})], (0.7, {"batch": 3})),  # another batch size
         ([(0.9, {}), (0.8, {})], (0.7, {"image_tokens": 9})),  # another image size
     ],
@@ -171,19 +173,15 @@ def test_the_last_step_is_known_from_the_context(pipe):
 def test_two_calls_at_one_time_are_one_anchor(pipe):
     """As Heun's method makes them: a line through two anchors at the same time would be vertical."""
     cache = cached(pipe, "forecast", known=False)
-    for time in (0.9, 0.8, 0.8, 0.6, 0.6):
-        assert pipe.transformer(**inputs_at(time))[0].isfinite().all()
+    for seed, time in enumerate((0.9, 0.8, 0.8, 0.6, 0.6)):
+        assert pipe.transformer(**inputs_at(time, seed=seed))[0].isfinite().all()
     assert cache.rule.starts == 1
     assert [ran for _, ran in cache.report().passes["default"]] == [True, True, False, False, False]
 
-    class Never(Eager):
-        def skip(self, stack, forced):
-            return False
-
-    cache.rule = Never()
-    for time in (1.0, 0.8, 0.8):
-        pipe.transformer(**inputs_at(time))
-    cache.rule = Eager()
+    cache.rule.willing = False
+    for seed, time in enumerate((1.0, 0.8, 0.8)):
+        pipe.transformer(**inputs_at(time, seed=seed))
+    cache.rule.willing = True
     assert pipe.transformer(**inputs_at(0.5))[0].isfinite().all()
     assert cache.report().passes["default"][-1][1] is False
 
@@ -199,6 +197,89 @@ def test_never_hitting_warns_with_the_reason(pipe):
     cached(pipe, "forecast")
     with pytest.warns(UserWarning, match="none of 3 steps: 3 steps are too few, 4 are the least"):
         generate(pipe, steps=3)
+
+
+@torch.no_grad()
+def test_threads_on_one_transformer_share_nothing(pipe):
+    """Passes of two generations, alternating: each as if it were alone, contexts and copies of the rule included."""
+    alone = {}
+    for seed in (1, 2):
+        fresh = small_pipeline()
+        cached(fresh, "forecast", known=False)
+        alone[seed] = _loop(fresh.transformer, seed)
+    cache = cached(pipe, "forecast", known=False)
+    together, turn = {}, threading.Barrier(2)
+
+    def work(seed):
+        with torch.no_grad():
+            together[seed] = _loop(pipe.transformer, seed, turn.wait)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    for seed in (1, 2):
+        assert torch.equal(together[seed], alone[seed])
+    assert cache.rule.starts == 0  # this thread generated nothing
+    assert cache.report().passes == {}
+
+
+def _loop(transformer, seed, wait=lambda: None):
+    """Six steps with two passes each; `wait` before each pass."""
+    x, prompts = inputs_at(1.0, seed=seed)["hidden_states"], (1.0, -seed)
+    for i in range(6):
+        velocities = []
+        for name, scale in zip(("cond", "uncond"), prompts, strict=True):
+            given = inputs_at(1 - i / (5 + seed), seed=seed) | {"hidden_states": x}
+            given["encoder_hidden_states"] *= scale
+            wait()
+            with transformer.cache_context(name, step_index=i, num_inference_steps=6):
+                wait()
+                velocities.append(transformer(**given)[0])
+        x = x - 0.1 * (2 * velocities[0] - velocities[1])
+    return x
+
+
+@torch.no_grad()
+def test_the_number_of_steps_told_starts_a_new_generation(pipe):
+    cache = cached(pipe, known=False)
+    told = [(0, 3, 0.9), (1, 3, 0.8), (1, 4, 0.7), (2, 4, 0.6), (0, 4, 0.5)]
+    for index, steps, time in told:
+        with pipe.transformer.cache_context("cond", step_index=index, num_inference_steps=steps):
+            pipe.transformer(**inputs_at(time))
+    assert cache.rule.starts == 3
+
+
+def test_anchors_are_dropped_with_the_last_step(pipe):
+    """On SD3 nobody tells the cache that a call has ended; memory is free all the same, and a miss is reported."""
+    sd3 = family_pipeline("sd3")
+    cache = cached(sd3)
+    family_sample(sd3)
+    assert [anchors for anchors in cache._thread.state.anchors.values() if anchors] == []
+    cache.rule.willing = False
+    with pytest.warns(UserWarning, match="none of 6 steps: raise its threshold"):
+        family_sample(sd3)
+
+
+@torch.no_grad()
+def test_a_probe_is_kept_apart_from_the_rest(pipe):
+    """ParaAttention's first-block cache: first block fresh, the rest as it was at the last computed step."""
+
+    class Probing(Eager):
+        probe_blocks = 1
+
+    transformer, ends, firsts = pipe.transformer, [], []
+    transformer.norm_out.register_forward_pre_hook(lambda m, args: ends.append(args[0]))
+    transformer.transformer_blocks[1].register_forward_pre_hook(
+        lambda m, args, kwargs: firsts.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    cache = StepCache(Probing(), PREDICTORS["reuse"])
+    StackCut(transformer, cache).attach(transformer)
+    for seed, time in enumerate((0.9, 0.8)):
+        transformer(**inputs_at(time, seed=seed))
+    assert [ran for _, ran in cache.report().passes["default"]] == [True, False]
+    torch.testing.assert_close(ends[1], firsts[1] + (ends[0] - firsts[0]), rtol=1e-5, atol=1e-5)
 
 
 def test_no_cache_no_report(pipe):

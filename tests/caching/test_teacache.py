@@ -1,30 +1,26 @@
-"""TeaCache: the rule is the paper's formula, the limits are exact, and calibration measures what it says."""
+"""TeaCache: the rule is the paper's formula, the limits are exact, and each kind of curve is looked at before use."""
 
 import dataclasses
 import json
 import warnings
-from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from caching.passes import decisions, stack_pass
 from caching.pipelines import generate, inputs_at, small_pipeline
-from torch import nn
+from diffusers import DiffusionPipeline
 
-from diffusion_opt.caching import TeaCache, TeaCacheCurve, calibrate_teacache, step_cache_report
-from diffusion_opt.caching.stack import StackInput, attached_cut
-from diffusion_opt.caching.teacache import TeaCacheRule
-from diffusion_opt.models import FlowMatchAdamsBashforthScheduler
-
-
-def stack_of(hidden: torch.Tensor) -> StackInput:
-    """A pass whose modulated input is `hidden` itself: no norm, scale 0, shift 0."""
-    block = nn.Module()
-    block.norm1 = nn.Identity()
-    return StackInput("cond", None, 0.5, hidden, 1, torch.zeros(len(hidden), 6 * hidden.shape[-1]), block)
+from diffusion_opt.caching import TeaCache, calibrate_step_cache, step_cache_report
+from diffusion_opt.caching.rules import TeaCacheRule
+from diffusion_opt.caching.stack import attached_cut
 
 
-def calibrated(pipe, steps=6, guidance=2.0) -> TeaCacheCurve:
-    return calibrate_teacache(pipe, ["0", "1", "2"], steps, guidance, torch.Generator().manual_seed(3), batch_size=2)
+def calibrated(pipe: DiffusionPipeline, folder: Path) -> str:
+    """The path of a fresh calibration at six steps and guidance 2."""
+    found = calibrate_step_cache(pipe, ["0", "1", "2"], 6, 2.0, torch.Generator().manual_seed(3))
+    found.save(folder / "calibration.json")
+    return str(folder / "calibration.json")
 
 
 def test_the_rule_is_the_formula():
@@ -32,22 +28,21 @@ def test_the_rule_is_the_formula():
         return 2 * change
 
     m = torch.rand(9, 1, 5, 3, generator=torch.Generator().manual_seed(0)) + 0.5
-    forced = [True, False, False, True, False, False, False, False, False]
-    rule = TeaCacheRule(1.5, curve)
-    found = [rule.skip(stack_of(m[i]), forced[i]) for i in range(9)]
-    expected, accumulated = [], 0.0
+    rule, passes = TeaCacheRule(1.5, curve), [stack_pass(modulated) for modulated in m]
+    found = decisions(rule, passes, forced=(0, 3))
+    expected, accumulated = "", 0.0
     for i in range(9):
         if i:
             accumulated += 2 * float((m[i] - m[i - 1]).abs().mean() / m[i - 1].abs().mean())
-        skip = not forced[i] and accumulated < 1.5
+        skip = i not in (0, 3) and accumulated < 1.5
         accumulated = accumulated if skip else 0.0
-        expected.append(skip)
+        expected += "." if skip else "#"
     assert found == expected
-    assert True in found[4:]
-    assert False in found[4:]
+    assert "." in found[4:]
+    assert "#" in found[4:]
     rule.start(None)
     assert rule.accumulated == 0
-    assert rule.skip(stack_of(m[0]), forced=False)  # the first step of a generation has nothing to compare with
+    assert rule.skip(passes[0], forced=False)  # the first step of a generation has nothing to compare with
 
 
 @pytest.mark.parametrize("predictor", ["reuse", "forecast"])
@@ -102,50 +97,17 @@ def test_settings_round_trip_and_bad_ones_are_refused(pipe):
 
 
 @pytest.mark.wrong_shapes
-def test_an_unknown_predictor_is_refused():
-    with pytest.raises(ValueError, match="one of reuse, forecast, got 'taylor'"):
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="one of reuse, forecast, quadratic, hermite, got 'taylor'"):
         TeaCache(0.1, predictor="taylor")
-
-
-def test_calibration_records_real_changes_and_leaves_the_pipeline_alone(pipe):
-    dense = generate(pipe)
-    ends = []
-    pipe.transformer.norm_out.register_forward_pre_hook(lambda m, args: ends.append(args[0]))
-    pipe.transformer.x_embedder.register_forward_hook(lambda m, args, out: ends.append(out))
-    curve = calibrate_teacache(pipe, ["0", "1", "2"], 4, 1.0, torch.Generator().manual_seed(3))
-    residuals = [end - start for start, end in zip(ends[::2], ends[1::2], strict=True)]
-    table = [
-        ((new - old).abs().mean((1, 2)) / old.abs().mean((1, 2))).mean().item() for old, new in pairwise(residuals)
-    ]
-    assert curve.step_table == pytest.approx(table, rel=1e-5)
-    assert curve.num_pairs == 9
-    assert curve.r2 <= 1
-    assert curve.r2_step_table <= 1
-    assert torch.equal(generate(pipe), dense)
-    assert attached_cut(pipe.transformer) is None
-    assert f"R2 {curve.r2:.3f}" in curve.describe()
-    assert f"control (mean of each step): R2 {curve.r2_step_table:.3f}" in curve.describe()
-
-
-def test_calibration_counts_both_branches_and_all_batches(pipe):
-    assert calibrated(pipe, steps=5).num_pairs == 3 * 4 * 2
-    with pytest.raises(ValueError, match="got 0 prompts"):
-        calibrate_teacache(pipe, [], 5, 1.0, torch.Generator())
-    with pytest.raises(ValueError, match="num_inference_steps=1"):
-        calibrate_teacache(pipe, ["0"], 1, 1.0, torch.Generator())
-
-
-def test_a_failed_calibration_leaves_no_hook(pipe):
-    with pytest.raises(ValueError, match="unknown prompt"):
-        calibrate_teacache(pipe, ["zebra"], 4, 1.0, torch.Generator())
-    assert attached_cut(pipe.transformer) is None
+    with pytest.raises(ValueError, match="isotonic or polynomial, got 'spline'"):
+        TeaCache(0.1, curve="curve.json", fit="spline")
 
 
 def test_a_calibrated_curve_serves_its_own_model_and_run_only(pipe, tmp_path):
-    path = tmp_path / "curve.json"
-    calibrated(pipe).save(path)
-    technique = TeaCache(100.0, "reuse", str(path))
-    assert technique.describe().endswith(", calibrated")
+    path = calibrated(pipe, tmp_path)
+    technique = TeaCache(100.0, "reuse", path)
+    assert technique.describe() == "TeaCache at 100 with reuse, calibrated"
     with pytest.raises(ValueError, match=r"calibrated on model [0-9a-f]{16}, this one is"):
         technique.apply(small_pipeline(seed=1))
     technique.apply(pipe)
@@ -153,33 +115,61 @@ def test_a_calibrated_curve_serves_its_own_model_and_run_only(pipe, tmp_path):
     assert step_cache_report(pipe).total_skipped > 0
     with pytest.raises(ValueError, match=r"with 6 steps and guidance 2, this run is .* with 7 steps and guidance 2"):
         generate(pipe, steps=7)
-    with pytest.raises(ValueError, match=r"this run is .* with 6 steps and guidance 3"):
-        generate(pipe, guidance=3.0)
-    euler = pipe.scheduler
-    pipe.scheduler = FlowMatchAdamsBashforthScheduler.from_config(euler.config)
-    with pytest.raises(ValueError, match="this run is FlowMatchAdamsBashforthScheduler"):
-        generate(pipe)
-    pipe.scheduler = euler
     generate(pipe)
-    with pytest.raises(FileNotFoundError, match="no TeaCache curve"):
+    with pytest.raises(FileNotFoundError, match=r"no calibration named nowhere\.json"):
         TeaCache(0.1, curve="nowhere.json").apply(small_pipeline())
+
+
+def test_the_two_fits_of_a_calibration_are_used_as_chosen(pipe, tmp_path):
+    path = calibrated(pipe, tmp_path)
+    stored = json.loads(Path(path).read_text())
+    stored["curve"] = {"changes": [0.0, 1.0], "rescaled": [0.0, 0.0]}  # nothing ever changes: skip all
+    stored["polynomial"] = {"coefficients": [100.0]}  # everything does: skip none
+    Path(path).write_text(json.dumps(stored))
+    computed = {}
+    for fit in ("isotonic", "polynomial"):
+        technique = TeaCache(1.0, "reuse", path, fit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            generate(technique.apply(pipe))
+        computed[fit] = step_cache_report(pipe).computed["cond"]
+        technique.remove(pipe)
+    assert computed == {"isotonic": 2, "polynomial": 6}
+    assert TeaCache(1.0, "reuse", path, "polynomial").describe().endswith("with reuse, calibrated polynomial")
+    with pytest.raises(ValueError, match="'identity' is none"):
+        TeaCache(1.0, fit="polynomial")
+
+
+def test_polynomials_warn_before_they_are_used(pipe, tmp_path):
+    technique = TeaCache(0.5, curve="FLUX.1-dev")
+    assert technique.describe() == "TeaCache at 0.5 with forecast, polynomial of FLUX.1-dev"
+    with pytest.warns(UserWarning, match="polynomial 'FLUX.1-dev' .* is falling"):
+        technique.apply(pipe)
+    technique.remove(pipe)
+    path = calibrated(pipe, tmp_path)
+    stored = json.loads(Path(path).read_text()) | {"polynomial": {"coefficients": [1.0, -0.5]}}
+    Path(path).write_text(json.dumps(stored))
+    with pytest.warns(UserWarning, match="is negative .* calibrate on the model at hand"):
+        TeaCache(0.5, curve=path, fit="polynomial").apply(pipe)
 
 
 @torch.no_grad()
 def test_a_calibrated_curve_in_a_custom_loop_counts_as_unguided(pipe, tmp_path):
-    calibrated(pipe).save(tmp_path / "curve.json")
     fresh = small_pipeline()
-    TeaCache(0.1, curve=str(tmp_path / "curve.json")).apply(fresh)
+    TeaCache(0.1, curve=calibrated(pipe, tmp_path)).apply(fresh)
+    fresh.scheduler.set_timesteps(6)
     with pytest.raises(ValueError, match=r"with 6 steps and guidance 2, this run is .* and guidance 1"):
         fresh.transformer(**inputs_at(0.5))
 
 
 @torch.no_grad()
 def test_a_wrong_model_is_refused_before_anything_changes(pipe, tmp_path):
-    path = tmp_path / "curve.json"
-    dataclasses.replace(calibrated(pipe), model="f" * 16).save(path)
+    path = calibrated(pipe, tmp_path)
+    stored = json.loads(Path(path).read_text())
+    stored["run"]["model"] = "f" * 16
+    Path(path).write_text(json.dumps(stored))
     expected = pipe.transformer(**inputs_at(0.5))[0]
     with pytest.raises(ValueError, match="calibrate anew"):
-        TeaCache(0.1, curve=str(path)).apply(pipe)
+        TeaCache(0.1, curve=path).apply(pipe)
     assert attached_cut(pipe.transformer) is None
     assert torch.equal(pipe.transformer(**inputs_at(0.5))[0], expected)

@@ -8,9 +8,22 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import diffusion_opt
+from diffusion_opt.caching import (
+    CompiledSchedule,
+    EasyCache,
+    ErrorBoundedCache,
+    FirstBlockCache,
+    FixedInterval,
+    FixedSchedule,
+    GuidanceCache,
+    MagCache,
+    ScheduledCache,
+    StepTable,
+    TeaCache,
+)
 from diffusion_opt.models import FlowMatchAdamsBashforthScheduler, TinyFlux2Pipeline
 from diffusion_opt.quantization import DynamicInt8
-from diffusion_opt.recipes import TECHNIQUES, Compile, Recipe, Solver, Student, apply
+from diffusion_opt.recipes import TECHNIQUES, Compile, Recipe, Solver, Student, Technique, apply
 
 
 def images(pipe: TinyFlux2Pipeline) -> torch.Tensor:
@@ -95,6 +108,42 @@ def test_recipes_round_trip_through_json(tmp_path: Path) -> None:
         "technique": "student",
         "model": "fashion-1step",
     }
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        FixedInterval(3),
+        FixedSchedule((True, True, False, True), "reuse"),
+        TeaCache(0.2, curve="FLUX.1-dev"),
+        FirstBlockCache(0.1),
+        MagCache(0.1, "calibration.json"),
+        EasyCache(0.1, warmup=5),
+        StepTable(0.1, "calibration.json", "hermite"),
+        ScheduledCache("fashion-10"),
+        ErrorBoundedCache(0.03),
+        CompiledSchedule((True, True, False, True)),
+    ],
+    ids=lambda technique: type(technique).__name__,
+)
+def test_step_caches_are_recipes_too_and_exclude_each_other(technique: Technique, tmp_path: Path) -> None:
+    recipe = Recipe((Solver(8), technique))
+    recipe.save(tmp_path / "cached.json")
+    assert Recipe.load(tmp_path / "cached.json") == recipe
+    with pytest.raises(ValueError, match="change the step cache once"):
+        Recipe((technique, TeaCache(0.1)))
+
+
+def test_a_step_cache_and_a_guidance_cache_go_together(pipe: TinyFlux2Pipeline, tmp_path: Path) -> None:
+    before = images(pipe)
+    recipe = Recipe((FixedInterval(2), GuidanceCache(2)))
+    recipe.save(tmp_path / "cached.json")
+    assert Recipe.load(tmp_path / "cached.json") == recipe
+    assert not torch.equal(images(recipe.apply(pipe)), before)
+    recipe.remove(pipe)
+    assert torch.equal(images(pipe), before)
+    with pytest.raises(ValueError, match="the step cache must be changed before the guidance cache"):
+        Recipe((GuidanceCache(2), FixedInterval(2)))
 
 
 @pytest.mark.parametrize(

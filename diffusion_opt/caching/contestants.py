@@ -1,0 +1,266 @@
+"""Who takes part in a comparison at equal cost, and how each spends its budget.
+
+A contestant turns a budget of full steps (`contest.py`) into a setting that keeps it, and gets every help that costs
+nothing at run time: thresholds are tuned on noises of their own until one more computed step would not fit, of discrete
+settings all that fit are tried and the best is taken, and what is calibrated is calibrated on the model at hand.
+
+    FewerSteps   plain sampling with as many steps as the budget: the baseline that costs nobody anything
+    Tuned        one threshold, by bisection: the rules, and most of other libraries' caches
+    Chosen       a list of settings, of which the best that fits is taken
+    Counted      told how many steps to compute: even spacing, and searched schedules
+
+MagCache computes the first fifth of the steps and skips three in a row at most, as published; no threshold then brings
+50 steps below 20. Both limits are widened here, to a twenty-fifth and to twelve, in ours and in diffusers'.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from diffusion_opt.caching.baselines import (
+    CacheDit,
+    CannotRunError,
+    faster_cache,
+    first_block,
+    mag_cache,
+    pyramid_attention,
+    taylor_seer,
+)
+from diffusion_opt.caching.calibration import StepCalibration, calibrate_step_cache
+from diffusion_opt.caching.contest import Contest, Scope, Setting, Solver, scope_of
+from diffusion_opt.caching.predictors import PredictorName
+from diffusion_opt.caching.recording import relative_error
+from diffusion_opt.caching.rules import EasyCache, FirstBlockCache, FixedSchedule, MagCache, StepTable, TeaCache
+from diffusion_opt.caching.schedule_search import SearchSettings, even_mask, measure_costs, search_mask
+from diffusion_opt.caching.segment_costs import SegmentCosts
+
+Group = Literal["fewer steps", "another library", "rule", "even spacing", "searched"]
+MAX_SKIPS, RETENTION = 12, 0.04  # of MagCache; published 3 and 0.2
+TRIALS = 14  # runs of a bisection at most
+BEYOND_ALL = 1e6  # a threshold that nothing reaches
+
+
+class Contestant(Protocol):
+    """A policy that can be given any budget."""
+
+    name: str
+    group: Group
+
+    def spend(self, contest: Contest, budget: int) -> Setting:
+        """The setting for a budget of full steps. Raises CannotRunError, saying why, if there is none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FewerSteps:
+    """The same or a better solver, with as many steps as the budget."""
+
+    name: str
+    solver: Solver
+    group: Group = "fewer steps"
+
+    def spend(self, contest: Contest, budget: int) -> Setting:
+        return Setting(f"{budget} steps", budget, self.solver)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A threshold is raised until the budget is kept. `make` gives the scope for a threshold, and its description."""
+
+    name: str
+    make: Callable[[float], tuple[Scope, str]]
+    group: Group = "rule"
+    start: float = 0.1  # first threshold tried
+    tried: dict[float, float] = field(default_factory=dict)  # full steps by threshold
+
+    def spend(self, contest: Contest, budget: int) -> Setting:
+        if (least := self._cost(contest, BEYOND_ALL)) > budget:
+            raise CannotRunError(f"it takes {least:.1f} full steps or more, whatever the threshold")
+        low, high = 0.0, self.start
+        while self._cost(contest, high) > budget:
+            low, high = high, 2 * high
+        for _ in range(TRIALS):
+            if self._cost(contest, high) > budget - (1 - contest.skipped_step) or high - low < 1e-4 * high:
+                break
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._cost(contest, middle) > budget else (low, middle)
+        return self._setting(contest, high)
+
+    def _setting(self, contest: Contest, threshold: float) -> Setting:
+        scope, label = self.make(threshold)
+        return Setting(label, contest.run.steps, "euler", scope)
+
+    def _cost(self, contest: Contest, threshold: float) -> float:
+        if threshold not in self.tried:
+            self.tried[threshold] = contest.tuning_cost(self._setting(contest, threshold))
+        return self.tried[threshold]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Of the settings that keep the budget, the one with the least error on the tuning batch."""
+
+    name: str
+    settings: Callable[[int], Sequence[Setting]]  # candidates for a budget
+    group: Group = "another library"
+    tried: dict[str, tuple[float, float]] = field(default_factory=dict)  # full steps and error by label
+
+    def spend(self, contest: Contest, budget: int) -> Setting:
+        candidates = self.settings(budget)
+        for setting in candidates:
+            if setting.label not in self.tried:
+                self.tried[setting.label] = _tried(contest, setting)
+        fitting = [setting for setting in candidates if self.tried[setting.label][0] <= budget]
+        if not fitting:
+            least = min(self.tried[setting.label][0] for setting in candidates)
+            raise CannotRunError(f"it takes {least:.1f} full steps or more")
+        return min(fitting, key=lambda setting: self.tried[setting.label][1])
+
+
+def _tried(contest: Contest, setting: Setting) -> tuple[float, float]:
+    task = contest.tuning_task(setting.steps)
+    outputs, cost = contest.spent(setting, [task])
+    return cost, float(relative_error(outputs, contest.tuning_reference(setting.solver)).mean())
+
+
+@dataclass(frozen=True, slots=True)
+class EvenSpacing:
+    """As many computed steps as the budget affords, at even distances."""
+
+    name: str
+    predictor: PredictorName
+    group: Group = "even spacing"
+
+    def spend(self, contest: Contest, budget: int) -> Setting:
+        return scheduled(contest, even_mask(contest.run.steps, contest.affordable(budget)), self.predictor, "euler")
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """The schedule that dynamic programming and a climb find for what the budget affords, on a solver's full run."""
+
+    name: str
+    solver: Solver
+    settings: SearchSettings
+    group: Group = "searched"
+    _costs: dict[int, SegmentCosts] = field(default_factory=dict)  # one entry, made when first needed
+
+    def spend(self, contest: Contest, budget: int) -> Setting:
+        task = contest.tuning_task(contest.run.steps)
+        number = contest.affordable(budget)
+        with contest.solver(self.solver):
+            if not self._costs:
+                self._costs[0] = measure_costs(contest.pipe, [task], self.settings, contest.progress)
+            reference = contest.tuning_reference(self.solver)
+            found = search_mask(contest.pipe, task, reference, self._costs[0], number, self.settings, contest.progress)
+        return scheduled(contest, found.mask, self.settings.predictor, self.solver)
+
+
+def scheduled(contest: Contest, mask: tuple[bool, ...], predictor: PredictorName, solver: Solver) -> Setting:
+    """A mask as a setting."""
+    technique = FixedSchedule(mask, predictor)
+    return Setting(technique.describe(), contest.run.steps, solver, scope_of(technique))
+
+
+class Field:
+    """All contestants for one contest, by name; they share one calibration, which is made when first needed."""
+
+    def __init__(self, contest: Contest, search: SearchSettings) -> None:
+        self.contest = contest
+        self.search = search
+        self._folder = tempfile.TemporaryDirectory()
+
+    def contestants(self) -> dict[str, Contestant]:
+        """Baselines first, ours last."""
+        everyone = [
+            FewerSteps("fewer Euler steps", "euler"),
+            FewerSteps("fewer second-order steps", "adams_bashforth2"),
+            *self._libraries(),
+            *self._rules(),
+            EvenSpacing("even spacing, reuse", "reuse"),
+            EvenSpacing("even spacing, forecast", "forecast"),
+            Searched("searched, reuse", "euler", replace(self.search, predictor="reuse")),
+            Searched("searched, forecast", "euler", self.search),
+            Searched("searched on the second-order run, forecast", "adams_bashforth2", self.search),
+        ]
+        return {contestant.name: contestant for contestant in everyone}
+
+    @cached_property
+    def calibration(self) -> StepCalibration:
+        """What TeaCache, MagCache and the step table need, from one generation of each prompt."""
+        contest, run = self.contest, self.contest.run
+        generator = torch.Generator().manual_seed(contest.seed + 600_000)
+        return calibrate_step_cache(contest.pipe, run.prompts, run.steps, run.guidance, generator)
+
+    @cached_property
+    def _path(self) -> str:
+        path = Path(self._folder.name) / "calibration.json"
+        self.calibration.save(path)
+        return str(path)
+
+    def _rules(self) -> list[Contestant]:
+        def rule(make: Callable[..., FixedSchedule], predictor: PredictorName, threshold: float) -> tuple[Scope, str]:
+            technique = make(threshold, predictor)
+            return scope_of(technique), technique.describe()
+
+        makers = {
+            "TeaCache": lambda threshold, how: TeaCache(threshold, how, self._path),
+            "TeaCache, polynomial": lambda threshold, how: TeaCache(threshold, how, self._path, "polynomial"),
+            "step table": lambda threshold, how: StepTable(threshold, self._path, how),
+            "MagCache": lambda threshold, how: MagCache(threshold, self._path, how, MAX_SKIPS, RETENTION),
+            "EasyCache": lambda threshold, how: EasyCache(threshold, how),
+            "first block": lambda threshold, how: FirstBlockCache(threshold, how),
+        }
+        predictors: tuple[PredictorName, ...] = ("reuse", "forecast")
+        return [
+            Tuned(f"{name}, {how}", partial(rule, make, how)) for name, make in makers.items() for how in predictors
+        ]
+
+    def _libraries(self) -> list[Contestant]:
+        steps, two_passes = self.contest.run.steps, self.contest.run.guidance > 1
+
+        def mag(threshold: float) -> tuple[Scope, str]:
+            cache = mag_cache(threshold, self.calibration.magnitude_ratios, MAX_SKIPS, RETENTION)
+            return cache.on, cache.describe()
+
+        def block(threshold: float) -> tuple[Scope, str]:
+            cache = first_block(threshold)
+            return cache.on, cache.describe()
+
+        def dual_block(order: int | None, threshold: float) -> tuple[Scope, str]:
+            cache = CacheDit(steps, two_passes, threshold, order=order)
+            return cache.on, cache.describe()
+
+        def attention(make: Callable[[int], object], budget: int) -> list[Setting]:
+            return [Setting(cache.describe(), steps, scope=cache.on) for cache in map(make, (2, 3, 4, 8, 16))]
+
+        library: Group = "another library"
+        return [
+            Tuned("diffusers FirstBlockCache", block, library),
+            Tuned("diffusers MagCache", mag, library),
+            Chosen("diffusers TaylorSeer", partial(_taylor_settings, steps)),
+            Chosen("diffusers PyramidAttentionBroadcast", partial(attention, pyramid_attention)),
+            Chosen("diffusers FasterCache", partial(attention, faster_cache)),
+            Tuned("cache-dit", partial(dual_block, None), library),
+            Tuned("cache-dit, TaylorSeer", partial(dual_block, 1), library),
+        ]
+
+
+def _taylor_settings(steps: int, budget: int) -> list[Setting]:
+    """Light TaylorSeer of orders 1 and 2: for each start, the two shortest intervals that can keep the budget."""
+    found = []
+    for first in (2, 3, 5):
+        counts = {every: _taylor_steps(steps, every, first) for every in range(2, steps)}
+        fitting = [every for every, number in counts.items() if number <= budget][:2]
+        found += [taylor_seer(every, first, order) for every in fitting for order in (1, 2)]
+    return [Setting(cache.describe(), steps, scope=cache.on) for cache in found]
+
+
+def _taylor_steps(steps: int, every: int, first: int) -> int:
+    """How many steps diffusers' TaylorSeer computes."""
+    return sum(step < first or (step - first - 1) % every == 0 for step in range(steps))

@@ -1,0 +1,206 @@
+"""Leave out guidance passes: forecast the difference that guidance makes instead of computing it.
+
+Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) runs the network twice a step, with the prompt and
+without, and most of the time the two differ by little that changes slowly:
+
+    v = v_c + (w - 1) d(t),     d(t) = v_c - v_u
+
+So the second pass is computed at every n-th step only, and d is forecast between from its last values, as a polynomial
+in time (`predictors.py`). The pass with the prompt always runs, hence the picture follows the prompt as before. What
+stands in for the spared pass is v_u = v_c - d(t): pipelines and guidance formulas need not know. It saves at most half
+of the passes, and nothing on guidance-distilled models, which have no second pass.
+
+This is a relative of FasterCache's guidance part (Lv et al. 2024, arXiv 2410.19355), which reuses d in two frequency
+bands with hand-set weights and needs both passes in one batch; here they are separate passes, as FLUX.2 [klein] and Wan
+run them. LTX-2's further guidances (spatio-temporal, modality) are such passes too: the first pass of a step counts as
+the one with the prompt (the last samples of its batch where it is larger), all others are spared.
+
+Together with a step cache: a guidance pass is computed only where the step cache computed the first one, and every
+n-th of those, so that d is always the difference of two passes that really ran.
+"""
+
+import threading
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
+from torch import Tensor, nn
+
+from diffusion_opt.caching.generation import DEFAULT_CONTEXT, Generation, Kind, Schedule
+from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, remove_hook
+from diffusion_opt.caching.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName
+from diffusion_opt.caching.report import StepCacheReport
+from diffusion_opt.caching.stack import attached_cut
+from diffusion_opt.caching.technique import check_one_transformer, check_predictor
+from diffusion_opt.models.block_stack import block_stack
+
+HOOK_NAME = "diffusion_opt_guidance_cache"
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceCache:
+    """Technique: compute guidance passes at every `every`-th step and forecast their difference between."""
+
+    every: int = 2  # steps; 1: none is left out, bit-identical
+    predictor: PredictorName = "forecast"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be 1 (leave out nothing) or more, 2 for a start, got {self.every}")
+        check_predictor(self.predictor)
+
+    def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """Put the cache on the pipeline's transformer and return the pipeline.
+
+        Raises ValueError for a transformer of an unknown family, with a guidance cache already, or with a second one.
+        """
+        check_one_transformer(pipe)
+        hook = _GuidanceHook(pipe.transformer, self.every, PREDICTORS[self.predictor], pipe)
+        if _attached(pipe) is not None:
+            raise ValueError("a guidance cache is already on this transformer: remove it before you apply another")
+        HookRegistry.check_if_exists_or_initialize(pipe.transformer).register_hook(hook, HOOK_NAME)
+        return pipe
+
+    def remove(self, pipe: DiffusionPipeline) -> None:
+        """Take the cache off again. Raises ValueError if there is none."""
+        if _attached(pipe) is None:
+            raise ValueError("there is no guidance cache on this pipeline to remove")
+        remove_hook(pipe.transformer, HOOK_NAME)
+
+    def describe(self) -> str:
+        return f"guidance at every {self.every}. step with {self.predictor}"
+
+
+def guidance_cache_report(pipe: DiffusionPipeline) -> StepCacheReport:
+    """Which passes of the last generation ran. Raises ValueError if there is no guidance cache."""
+    hook = _attached(pipe)
+    if hook is None:
+        raise ValueError("there is no guidance cache on this pipeline: apply one first, for example GuidanceCache()")
+    return hook.report()
+
+
+def _attached(pipe: DiffusionPipeline) -> "_GuidanceHook | None":
+    registry = getattr(pipe.transformer, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(HOOK_NAME)
+
+
+@dataclass(slots=True)
+class _State:
+    """One generation: the first pass of the step under way, and the differences of each guidance pass to it."""
+
+    at: Generation
+    first: tuple[Tensor, ...] = ()  # its outputs
+    form: type = tuple  # what they came in
+    first_time: float | None = None
+    first_ran: bool = False  # and was not skipped by a step cache
+    num_ran: int = 0
+    differences: dict[str, list[Anchor]] = field(default_factory=dict)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.state: _State | None = None
+
+
+class _GuidanceHook(InstanceHook):
+    """On the transformer: runs the first pass of a step, and the others when they are due."""
+
+    _is_stateful = True
+
+    def __init__(self, transformer: nn.Module, every: int, predictor: Extrapolation, pipe: DiffusionPipeline) -> None:
+        super().__init__()
+        self.family = block_stack(transformer)
+        self.every = every
+        self.predictor = predictor
+        self.names = PassNames()
+        self.last_report = StepCacheReport({})
+        self._schedule = Schedule(pipe)
+        self._thread = _Thread()
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = self.fn_ref.original_forward
+        call = arguments_of(module, args, kwargs)
+        if torch.is_grad_enabled() or not self.family.is_ordinary(call):
+            return run(*args, **kwargs)
+        time = self.family.time(call["timestep"])
+        if time is None:
+            return run(*args, **kwargs)
+        name, time, state = self._enter(time, call["hidden_states"])
+        if name == state.at.leader:
+            output = run(*args, **kwargs)
+            self._keep_first(state, module, time, output)
+            state.at.passes[name].append((time, True))
+            return output
+        differences = state.differences.setdefault(name, [])
+        ready = len(differences) >= self.predictor.num_anchors and state.first_time == time
+        due = state.first_ran and (state.num_ran - 1) % self.every == 0
+        computed = not ready or due or state.at.is_last
+        state.at.passes[name].append((time, computed))
+        if computed:
+            output = run(*args, **kwargs)
+            self._keep_difference(state, differences, time, output)
+            return output
+        return self._forecast(state, differences, time)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.names.forget()
+        self.end_generation()
+        return module
+
+    def end_generation(self) -> None:
+        """Drop the differences, keep the report, and warn if nothing was left out."""
+        state, self._thread.state = self._thread.state, None
+        if state is None:
+            return
+        self.last_report = StepCacheReport.of(state.at.passes)
+        if self.every == 1 or self.last_report.total_skipped:
+            return
+        if len(state.at.passes) == 1:
+            why = "each step was a single pass (guidance is off, distilled, or batched into one pass)"
+        else:
+            why = f"{len(state.at.passes[state.at.leader])} steps are too few"
+        warnings.warn(f"the guidance cache left out no pass: {why}", UserWarning, stacklevel=2)
+
+    def report(self) -> StepCacheReport:
+        """Of the generation under way in this thread, or of the last one that ended."""
+        state = self._thread.state
+        return self.last_report if state is None else StepCacheReport.of(state.at.passes)
+
+    def _enter(self, time: float, sample: Tensor) -> tuple[str, float, _State]:
+        seen = self.names.identify(time, sample)
+        name, kind = seen["context"] or DEFAULT_CONTEXT, Kind.of({"sample": sample})
+        state, time = self._thread.state, seen["time"]
+        if self._schedule.is_new(None if state is None else state.at, name, time, seen["step"], kind):
+            self.end_generation()
+            state = self._thread.state = _State(self._schedule.begin(name, time))
+        state.at.note(name, time, seen["step"], kind)
+        return name, time, state
+
+    def _keep_first(self, state: _State, module: nn.Module, time: float, output: Any) -> None:
+        cut = attached_cut(module)
+        state.first, state.form, state.first_time = _tensors(output), type(output), time
+        state.first_ran = cut is None or not cut.now.last_skipped
+        state.num_ran += state.first_ran
+
+    def _keep_difference(self, state: _State, differences: list[Anchor], time: float, output: Any) -> None:
+        if state.first_time != time or not state.first_ran:
+            return
+        if differences and differences[-1].time == time:  # a scheduler that calls twice at one time
+            differences.pop()
+        pairs = zip(state.first, _tensors(output), strict=True)
+        differences.append(Anchor(time, {str(i): first[-len(own) :] - own for i, (first, own) in enumerate(pairs)}))
+        del differences[: -self.predictor.num_anchors]
+
+    def _forecast(self, state: _State, differences: list[Anchor], time: float) -> Any:
+        """The outputs of the spared pass, in the form of the first one's."""
+        predicted = self.predictor.predict(differences, time).values()
+        spared = tuple(first[-len(d) :] - d for first, d in zip(state.first, predicted, strict=True))
+        return spared if state.form is tuple else state.form(*spared)
+
+
+def _tensors(output: Any) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else output.to_tuple()

@@ -1,0 +1,65 @@
+"""The control: TeaCache without a signal.
+
+    acc <- acc + table[i],   table[i] = mean of d(r_i, r_{i-1}) over the prompts of a calibration
+    skip while acc < threshold;  otherwise compute and set acc to 0
+
+Everything is as in TeaCache, except that the change of the residual is not guessed from the run but looked up by the
+number of the step. If a rule that looks at the run is worth its trouble it must do better than this one, at the same
+number of computed steps. Calibrations print how much of the residual's change each of the two explains.
+"""
+
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+
+from diffusion_opt.caching.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration import StepCalibration
+from diffusion_opt.caching.predictors import PredictorName
+from diffusion_opt.caching.rules.base import AccumulatingRule
+from diffusion_opt.caching.stack import StackPass
+from diffusion_opt.caching.technique import StepCacheTechnique, check_predictor, check_threshold
+
+
+class StepTableRule(AccumulatingRule):
+    """The rule above. `table` has the change from each step to the next, so one entry less than there are steps."""
+
+    def __init__(self, threshold: float, table: tuple[float, ...], run: CalibratedRun | None = None) -> None:
+        super().__init__(threshold, run)
+        self.table = table
+        self._index = 0
+
+    def start(self, pipe: DiffusionPipeline | None) -> None:
+        super().start(pipe)
+        self._index = 0
+
+    def change(self, stack: StackPass) -> float:
+        """Raises ValueError in a run of more steps than the table knows."""
+        index = self._index
+        self._index += 1
+        if index > len(self.table):
+            raise ValueError(f"the table knows {len(self.table) + 1} steps, this run has more: calibrate anew")
+        return self.table[index - 1] if index else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepTable(StepCacheTechnique):
+    """Technique: step caching by a calibrated table of the steps, with no run-time signal.
+
+    `calibration` is the shipped name or the path of a calibration that `calibrate_step_cache` made.
+    """
+
+    threshold: float  # change of the residual tolerated between computed steps; 0: none, bit-identical
+    calibration: str
+    predictor: PredictorName = "forecast"
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold, for_a_start=0.2)
+        check_predictor(self.predictor)
+
+    def rule(self, pipe: DiffusionPipeline) -> StepTableRule:
+        found = StepCalibration.load(self.calibration)
+        found.run.check_model(pipe)
+        return StepTableRule(self.threshold, found.step_table, found.run)
+
+    def describe(self) -> str:
+        return f"step table at {self.threshold:g} with {self.predictor}"

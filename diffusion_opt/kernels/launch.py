@@ -1,0 +1,217 @@
+"""How each kernel is cut into tiles on each GPU generation: a table, not a search at run time.
+
+An autotuner times every choice on the first call of every new shape, gives other bits on other days, and needs a GPU.
+Here the choice is data: kernel, architecture and padded head dimension give tile sizes, warps and pipeline stages. The
+ahead-of-time gate (`compile_cases.py`) compiles each row for its architecture and fails when registers spill, so a row
+is checked without a GPU; the benchmark on a GPU is what decides between rows that do not spill.
+
+A tile of scores is `block_m` queries by `block_n` keys. Larger tiles load K and V less often and need more registers;
+what fits differs: on sm_90 and sm_100 the matrix units read from shared memory and leave registers to the
+accumulators, on sm_80, 89 and 120 the operands are in registers too. float32 operands are twice as large, so they
+have their own rows. A kernel family adds its rows to `LAUNCH` under its own name.
+"""
+
+from dataclasses import dataclass
+
+ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability x 10: A100, 4090/L40, H100/H200, B200, 5090
+HEAD_DIMS = (16, 32, 64, 128, 256)  # what a head dimension is padded to: matrix units take powers of two from 16
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """Tile and pipeline of one kernel on one architecture."""
+
+    block_m: int  # queries (or rows of a matrix) a program works on at a time
+    block_n: int  # keys (or columns)
+    num_warps: int  # of 32 threads
+    num_stages: int  # tiles in flight between global and shared memory
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The smallest of 16, 32, 64, 128, 256 that holds `head_dim`. Raises ValueError outside 1 to 256."""
+    if not 1 <= head_dim <= HEAD_DIMS[-1]:
+        raise ValueError(
+            f"head dimension {head_dim}: the kernels hold a whole head in registers, so 1 to {HEAD_DIMS[-1]} is "
+            "possible; use torch's scaled_dot_product_attention for larger heads"
+        )
+    return next(size for size in HEAD_DIMS if size >= head_dim)
+
+
+def heads(up_to_64: LaunchConfig, of_128: LaunchConfig, of_256: LaunchConfig) -> dict[int, LaunchConfig]:
+    """Choices by padded head dimension; a tile that fits heads of 64 numbers fits shorter ones."""
+    return {16: up_to_64, 32: up_to_64, 64: up_to_64, 128: of_128, 256: of_256}
+
+
+def same_everywhere(by_head_dim: dict[int, LaunchConfig]) -> dict[int, dict[int, LaunchConfig]]:
+    """One choice for all architectures: for kernels limited by memory, where the tile hardly matters."""
+    return dict.fromkeys(ARCHITECTURES, by_head_dim)
+
+
+# Dense attention in 16 bits. sm_90 and sm_100 keep operands or accumulators out of the registers, so the largest tiles
+# do not spill there; the others take the largest that do not, within the 99 KiB of shared memory of sm_89 and sm_120.
+DENSE_FORWARD = {
+    80: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 8, 2)),
+    89: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(32, 32, 4, 2)),
+    90: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 128, 8, 2), LaunchConfig(128, 64, 8, 2)),
+    100: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 128, 8, 2), LaunchConfig(128, 32, 8, 2)),
+    120: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(32, 32, 4, 2)),
+}
+DENSE_KEYS = {
+    80: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
+    89: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
+    90: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 32, 8, 1)),
+    100: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 64, 8, 2)),
+    120: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
+}
+DENSE_QUERIES = {
+    80: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2), LaunchConfig(64, 64, 8, 2)),
+    89: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2), LaunchConfig(64, 32, 8, 1)),
+    90: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 64, 8, 2)),
+    100: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 64, 8, 2)),
+    120: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2), LaunchConfig(64, 32, 8, 1)),
+}
+# A mask's tile passes through shared memory and registers as well.
+DENSE_FORWARD_MASKED = {
+    80: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
+    89: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
+    90: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 8, 2)),
+    100: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 8, 2)),
+    120: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
+}
+DENSE_KEYS_MASKED = {
+    80: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
+    89: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
+    90: heads(LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
+    100: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(16, 32, 8, 1)),
+    120: heads(LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
+}
+DENSE_QUERIES_MASKED = same_everywhere(
+    heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 16, 8, 1))
+)
+# float32 is three products of TF32 with operands twice as large: small tiles, or thousands of spills.
+# Backward, the smallest tiles still spill a few registers for heads of 128 on sm_120, and of 256 everywhere.
+DENSE_FORWARD_FP32 = {
+    **same_everywhere(heads(LaunchConfig(32, 32, 4, 2), LaunchConfig(32, 16, 8, 1), LaunchConfig(16, 16, 8, 1))),
+    90: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(32, 16, 8, 1), LaunchConfig(16, 16, 8, 1)),
+}
+DENSE_BACKWARD_FP32 = same_everywhere(
+    heads(LaunchConfig(32, 32, 8, 1), LaunchConfig(16, 16, 8, 1), LaunchConfig(16, 16, 8, 1))
+)
+
+# Block-sparse and region attention. Masks have blocks of 64 or 128, mostly: larger tiles would never be used.
+SPARSE_FORWARD = {
+    **same_everywhere(heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 8, 2))),
+    90: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 8, 2)),
+    100: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 8, 1)),
+}
+SPARSE_QUERIES = {
+    **same_everywhere(heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 32, 8, 1))),
+    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2)),
+    100: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 1)),
+}
+SPARSE_KEYS = {
+    **same_everywhere(heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 32, 8, 1))),
+    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1)),
+    100: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 1)),
+    120: heads(LaunchConfig(32, 64, 4, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 32, 8, 1)),
+}
+SPARSE_FORWARD_FP32 = {
+    **same_everywhere(heads(LaunchConfig(64, 32, 4, 1), LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 16, 4, 1))),
+    100: heads(LaunchConfig(64, 32, 8, 1), LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 16, 4, 1)),
+    120: heads(LaunchConfig(64, 32, 4, 1), LaunchConfig(32, 32, 8, 1), LaunchConfig(16, 16, 4, 1)),
+}
+SPARSE_BACKWARD_FP32 = same_everywhere(
+    heads(LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 32, 8, 1), LaunchConfig(16, 16, 8, 1))
+)
+
+EIGHT_BIT_START = {
+    **dict.fromkeys((16, 32, 64), LaunchConfig(128, 64, 8, 3)),
+    128: LaunchConfig(128, 64, 8, 3),
+    256: LaunchConfig(64, 64, 8, 2),
+}
+EIGHT_BIT_MASKED_START = dict.fromkeys(HEAD_DIMS, LaunchConfig(64, 64, 8, 2))
+INT8_SCORES_FP16_VALUES = same_everywhere(EIGHT_BIT_START)
+INT8_SCORES_FP16_VALUES_MASKED = same_everywhere(EIGHT_BIT_MASKED_START)
+FP8_VALUES = {  # e4m3 does not exist on sm_80
+    **dict.fromkeys((89, 90, 100), EIGHT_BIT_START),
+    120: {**EIGHT_BIT_START, 128: LaunchConfig(64, 64, 4, 3)},
+}
+FP8_VALUES_MASKED = {
+    **dict.fromkeys((89, 90, 100), EIGHT_BIT_MASKED_START),
+    120: {**EIGHT_BIT_MASKED_START, 128: LaunchConfig(64, 32, 8, 2)},
+}
+# FP4 weights are rounded in tiles of 64 keys: that tile is part of the number format and no choice.
+FP4_SMALL = {**dict.fromkeys((16, 32, 64, 128), LaunchConfig(32, 64, 8, 1)), 256: LaunchConfig(16, 64, 8, 1)}
+FP4_START = {
+    **dict.fromkeys((16, 32, 64), LaunchConfig(64, 64, 4, 2)),
+    128: LaunchConfig(64, 64, 8, 2),
+    256: LaunchConfig(32, 64, 8, 1),
+}
+FP4_FORWARD = {**dict.fromkeys((80, 89, 90, 100), FP4_START), 120: FP4_SMALL}
+FP4_QUERIES = same_everywhere({**FP4_START, 128: LaunchConfig(64, 64, 8, 1)})
+FP4_KEYS = same_everywhere(FP4_SMALL)
+FP4_FP32 = same_everywhere(
+    {
+        **dict.fromkeys((16, 32, 64), LaunchConfig(32, 64, 8, 1)),
+        **dict.fromkeys((128, 256), LaunchConfig(16, 64, 8, 1)),
+    }
+)
+
+# Products of 8-bit matrices have no head dimension: architecture -> choice.
+GEMM_INT8 = {
+    80: LaunchConfig(128, 128, 8, 3),
+    89: LaunchConfig(128, 128, 8, 3),
+    90: LaunchConfig(128, 128, 8, 4),
+    100: LaunchConfig(128, 128, 8, 4),
+    120: LaunchConfig(128, 128, 8, 3),
+}
+GEMM_FP8 = {arch: GEMM_INT8[arch] for arch in (89, 90, 100, 120)}  # e4m3 came with sm_89
+
+# kernel -> architecture -> padded head dimension -> choice
+LAUNCH: dict[str, dict[int, dict[int, LaunchConfig]]] = {
+    "dense_forward": DENSE_FORWARD,
+    "dense_forward_fp32": DENSE_FORWARD_FP32,
+    "dense_forward_masked": DENSE_FORWARD_MASKED,
+    "dense_keys": DENSE_KEYS,
+    "dense_keys_masked": DENSE_KEYS_MASKED,
+    "dense_keys_fp32": DENSE_BACKWARD_FP32,
+    "dense_queries": DENSE_QUERIES,
+    "dense_queries_masked": DENSE_QUERIES_MASKED,
+    "dense_queries_fp32": DENSE_BACKWARD_FP32,
+    "int8_scores_fp16_values": INT8_SCORES_FP16_VALUES,
+    "int8_scores_fp16_values_masked": INT8_SCORES_FP16_VALUES_MASKED,
+    "int8_scores_fp8_values": FP8_VALUES,
+    "int8_scores_fp8_values_masked": FP8_VALUES_MASKED,
+    "fp8_scores_fp8_values": FP8_VALUES,
+    "fp8_scores_fp8_values_masked": FP8_VALUES_MASKED,
+    "fp4_forward": FP4_FORWARD,
+    "fp4_forward_fp32": FP4_FP32,
+    "fp4_keys": FP4_KEYS,
+    "fp4_keys_fp32": FP4_FP32,
+    "fp4_queries": FP4_QUERIES,
+    "fp4_queries_fp32": FP4_FP32,
+    "block_sparse_forward": SPARSE_FORWARD,
+    "block_sparse_forward_fp32": SPARSE_FORWARD_FP32,
+    "block_sparse_queries": SPARSE_QUERIES,
+    "block_sparse_queries_fp32": SPARSE_BACKWARD_FP32,
+    "block_sparse_keys": SPARSE_KEYS,
+    "block_sparse_keys_fp32": SPARSE_BACKWARD_FP32,
+    "region": SPARSE_FORWARD,
+    "region_fp32": SPARSE_FORWARD_FP32,
+}
+
+
+def launch(kernel: str, arch: int, head_dim: int) -> LaunchConfig:
+    """The table's choice for a kernel on an architecture (80, 89, 90, 100, 120) at a head dimension (1 to 256).
+
+    Raises ValueError if the kernel has no row, or none for this architecture (e4m3 does not exist on sm_80, say).
+    """
+    if kernel not in LAUNCH:
+        raise ValueError(f"no kernel named {kernel!r} in the launch table; it has {', '.join(sorted(LAUNCH))}")
+    if arch not in LAUNCH[kernel]:
+        supported = ", ".join(f"sm_{known}" for known in LAUNCH[kernel])
+        raise ValueError(f"kernel {kernel!r} has no launch choice for sm_{arch}; it runs on {supported}")
+    padded = padded_head_dim(head_dim)
+    if padded not in LAUNCH[kernel][arch]:
+        raise ValueError(f"kernel {kernel!r} on sm_{arch} has no choice for heads of {padded} numbers")
+    return LAUNCH[kernel][arch][padded]

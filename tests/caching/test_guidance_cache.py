@@ -1,0 +1,192 @@
+"""The guidance cache: which passes it spares, what stands in for them, and that it goes with a step cache."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from caching.pipelines import generate, small_pipeline
+from diffusers.hooks import HookRegistry
+from small_transformers import family_pass, family_pipeline, family_sample, small_transformer
+
+from diffusion_opt.caching.guidance_cache import GuidanceCache, guidance_cache_report
+from diffusion_opt.caching.predictors import PREDICTORS
+from diffusion_opt.caching.report import step_cache_report
+from diffusion_opt.caching.stack import StackCut
+from diffusion_opt.caching.step_cache import Rule, StepCache
+
+
+class Mask(Rule):
+    """Computes where the mask, one letter a step, says #."""
+
+    def __init__(self, mask: str) -> None:
+        self.mask, self.index = mask, 0
+
+    def start(self, pipe):
+        self.index = 0
+
+    def skip(self, stack, forced):
+        self.index += 1
+        return not forced and self.mask[self.index - 1] == "."
+
+
+def put_step_cache(pipe, mask: str) -> StackCut:
+    cut = StackCut(pipe.transformer, StepCache(Mask(mask), PREDICTORS["forecast"], pipe))
+    cut.attach(pipe.transformer)
+    return cut
+
+
+def pattern(report, name: str = "uncond") -> str:
+    return "".join("#" if ran else "." for _, ran in report.passes[name])
+
+
+@pytest.mark.parametrize(
+    ("every", "predictor", "expected"),
+    [(1, "forecast", "########"), (2, "forecast", "###.#.##"), (2, "reuse", "#.#.#.##"), (3, "reuse", "#..#..##")],
+)
+def test_every_other_guidance_pass_is_spared(pipe, every, predictor, expected):
+    ran = []
+    pipe.transformer.norm_out.register_forward_hook(lambda *_: ran.append(1))
+    GuidanceCache(every, predictor).apply(pipe)
+    generate(pipe, steps=8)
+    report = guidance_cache_report(pipe)
+    assert pattern(report) == expected
+    assert pattern(report, "cond") == "########"
+    assert len(ran) == report.total_computed == 8 + expected.count("#")
+
+
+def test_thirty_steps_cost_forty_seven_passes(pipe):
+    GuidanceCache(2).apply(pipe)
+    generate(pipe, steps=30, batch=1)
+    assert guidance_cache_report(pipe).total_computed == 47
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_a_spared_pass_is_the_first_minus_the_forecast_difference(return_dict):
+    """On LTX-2, so for two outputs; against the formula."""
+    pipe = family_pipeline("ltx2")
+    transformer, dense = pipe.transformer, small_transformer("ltx2")
+    GuidanceCache(9).apply(pipe)
+    outputs = []
+    for i, time in enumerate((0.9, 0.7, 0.4)):
+        given = family_pass("ltx2", time, seed=i) | {"return_dict": return_dict}
+        other = given | {"encoder_hidden_states": -given["encoder_hidden_states"]}
+        with transformer.cache_context("cond"):
+            transformer(**given)
+        with transformer.cache_context("uncond"):
+            outputs.append(transformer(**other))
+        given["return_dict"] = other["return_dict"] = False
+        first, exact = dense(**given), dense(**other)
+        if i < 2:
+            assert torch.equal(outputs[i][0], exact[0])
+        outputs[i] = (outputs[i], [a - b for a, b in zip(first, exact, strict=True)], first)
+    (_, d0, _), (_, d1, _), (spared, _, first) = outputs
+    assert isinstance(spared, tuple) is not return_dict
+    for found, a, b, v in zip((spared[0], spared[1]), d0, d1, first, strict=True):
+        line = b + (b - a) * (0.4 - 0.7) / (0.7 - 0.9)
+        torch.testing.assert_close(found, v - line, rtol=1e-4, atol=1e-5)
+
+
+def test_every_one_and_removal_change_no_bit(pipe):
+    dense, before = generate(pipe), sorted(vars(pipe.transformer))
+    technique = GuidanceCache(1)
+    assert technique.apply(pipe) is pipe
+    assert torch.equal(generate(pipe), dense)
+    technique.remove(pipe)
+    GuidanceCache(3).apply(pipe)
+    spared = generate(pipe)
+    assert not torch.equal(spared, dense)
+    generate(pipe, seed=99, steps=5)
+    assert torch.equal(generate(pipe), spared)  # nothing is left over from other generations
+    GuidanceCache(3).remove(pipe)
+    assert torch.equal(generate(pipe), dense)
+    assert sorted(vars(pipe.transformer)) == before
+
+
+@pytest.mark.parametrize("guidance_first", [True, False])
+def test_with_a_step_cache(guidance_first):
+    """Guidance passes run only where the step cache ran the first one; which was put on first makes no difference."""
+    pipe = small_pipeline()
+    technique = GuidanceCache(2)
+    if guidance_first:
+        technique.apply(pipe)
+    cut = put_step_cache(pipe, "##.#.#.#.#")
+    if not guidance_first:
+        technique.apply(pipe)
+    images = generate(pipe, steps=10)
+    assert pattern(step_cache_report(pipe), "cond") == "##.#.#.#.#"
+    assert pattern(guidance_cache_report(pipe)) == "##.#...#.#"
+    assert pattern(step_cache_report(pipe)) == "#####"  # the step cache meets only those that ran, all computed
+    cut.detach(pipe.transformer)
+    technique.remove(pipe)
+    other = small_pipeline()
+    put_step_cache(other, "##.#.#.#.#")
+    assert not torch.equal(generate(other, steps=10), images)
+    torch.testing.assert_close(generate(other, steps=10), images, atol=0.2, rtol=0)
+
+
+def test_further_guidances_of_ltx2_are_spared_too():
+    """The first pass holds two halves, the prompt's last; the others are one half each."""
+    pipe = family_pipeline("ltx2")
+    GuidanceCache(2).apply(pipe)
+    call = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [2]}
+    assert family_sample(pipe, steps=8, **call).isfinite().all()
+    report = guidance_cache_report(pipe)
+    assert {pattern(report, name) for name in ("uncond_stg", "uncond_modality")} == {"###.#.##"}
+
+
+def test_what_cannot_save_anything_warns(pipe):
+    GuidanceCache().apply(pipe)
+    with pytest.warns(UserWarning, match="left out no pass: each step was a single pass"):
+        generate(pipe, guidance=1.0)
+    with pytest.warns(UserWarning, match="left out no pass: 3 steps are too few"):
+        generate(pipe, steps=3)
+    batched = family_pipeline("ltx")
+    GuidanceCache().apply(batched)
+    with pytest.warns(UserWarning, match="batched into one pass"):
+        family_sample(batched)
+
+
+def test_training_is_left_alone(pipe):
+    GuidanceCache(2).apply(pipe)
+    given = family_pass("flux2", 0.7)
+    transformer = small_transformer("flux2").train()
+    pipe.transformer = transformer
+    GuidanceCache(2).apply(pipe)
+    transformer(**given)[0].sum().backward()
+    assert guidance_cache_report(pipe).passes == {}
+
+
+def test_settings_and_refusals(pipe):
+    technique = GuidanceCache(3, "reuse")
+    assert GuidanceCache(**json.loads(json.dumps(dataclasses.asdict(technique)))) == technique
+    assert technique.describe() == "guidance at every 3. step with reuse"
+    with pytest.raises(ValueError, match="got 0"):
+        GuidanceCache(0)
+    with pytest.raises(ValueError, match="no guidance cache on this pipeline to remove"):
+        technique.remove(pipe)
+    with pytest.raises(ValueError, match="no guidance cache on this pipeline: apply"):
+        guidance_cache_report(pipe)
+    technique.apply(pipe)
+    with pytest.raises(ValueError, match="already on this transformer"):
+        technique.apply(pipe)
+    with pytest.raises(ValueError, match="cannot be deep-copied"):
+        copy.deepcopy(pipe.transformer)
+    assert HookRegistry.check_if_exists_or_initialize(pipe.transformer).hooks
+    wan = family_pipeline("wan")
+    wan.register_modules(transformer_2=small_transformer("wan"))
+    with pytest.raises(ValueError, match="two transformers"):
+        technique.apply(wan)
+
+
+def test_on_the_shipped_model_forecasting_the_difference_beats_reusing_it(shipped):
+    pipe = shipped("fashion-micro")
+    dense = generate(pipe, steps=16, batch=2)
+    errors = {}
+    for predictor in ("reuse", "forecast"):
+        technique = GuidanceCache(3, predictor)
+        errors[predictor] = float((generate(technique.apply(pipe), steps=16, batch=2) - dense).norm() / dense.norm())
+        technique.remove(pipe)
+    assert 0 < errors["forecast"] < errors["reuse"] < 0.2
