@@ -6,9 +6,8 @@ marked `compiled` run in their own call, `pytest -m compiled`, without the hook.
 purpose, to read the function's own error, is marked `wrong_shapes`. One thread makes sums come out the same on every
 machine, and small tensors are no slower for it.
 
-Triton decides at import whether a kernel is compiled or interpreted, so tests marked `interpreted` have their own call
-too: `pytest -m interpreted` sets TRITON_INTERPRET before the package is imported. Set it to 0 on a machine with a GPU
-and the same tests run compiled. The hook leaves kernels alone: they are source text for another compiler, not Python.
+Tests marked `interpreted` run Triton kernels: in the interpreter, or compiled where there is a GPU. The hook leaves
+kernels alone: they are source text for another compiler, not Python.
 """
 
 import ast
@@ -46,18 +45,13 @@ def check_all_functions_but_kernels() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    if wants("interpreted", config.option.markexpr):
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     if not wants("compiled", config.option.markexpr):
         check_all_functions_but_kernels()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     hooked = not wants("compiled", config.option.markexpr)
-    runs_kernels = wants("interpreted", config.option.markexpr)
     for item in items:
-        if item.get_closest_marker("interpreted") and not runs_kernels:
-            item.add_marker(pytest.mark.skip(reason="runs Triton kernels; use `pytest -m interpreted`"))
         if hooked and item.get_closest_marker("compiled"):
             item.add_marker(pytest.mark.skip(reason="run-time shape checks are on; use `pytest -m compiled`"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

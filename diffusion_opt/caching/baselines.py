@@ -174,7 +174,7 @@ class CacheDit:
         import cache_dit
 
         transformer = pipe.transformer
-        before = {module: dict(vars(module)) for module in transformer.modules()}
+        before = [(module, dict(vars(module)), dict(module._modules)) for module in transformer.modules()]
         with _only_errors("cache_dit"):
             try:
                 cache_dit.enable_cache(transformer, cache_config=self._config(), calibrator_config=self._calibrator())
@@ -233,14 +233,20 @@ def _sweep(transformer: nn.Module, before: set[tuple[str, str]]) -> None:
         transformer._diffusers_hook.invalidate_child_registries_cache()
 
 
-def _restore(before: dict[nn.Module, dict[str, Any]]) -> None:
-    """Give modules their attributes back: cache-dit leaves a bound `forward`, of LTX-2 one with another signature."""
-    for module, attributes in before.items():
+def _restore(before: list[tuple[nn.Module, dict[str, Any], dict[str, nn.Module]]]) -> None:
+    """Give modules their attributes and their parts back.
+
+    cache-dit leaves a bound `forward`, of LTX-2 one with another signature, and of FLUX.2 the two block lists in the
+    other order, after which diffusers' caches take the last block for the first.
+    """
+    for module, attributes, parts in before:
         now = vars(module)
         for name in set(now) - set(attributes) - {"_diffusers_hook"}:
             del now[name]
         if "forward" in attributes:
             now["forward"] = attributes["forward"]
+        module._modules.clear()
+        module._modules.update(parts)
 
 
 @contextmanager

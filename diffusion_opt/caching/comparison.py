@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING
 from diffusers import DiffusionPipeline
 
 from diffusion_opt.caching.baselines import CannotRunError
-from diffusion_opt.caching.contest import Contest, RunSettings, Setting
-from diffusion_opt.caching.contestants import Field, Group
+from diffusion_opt.caching.contest import Contest, RunSettings, Setting, Solver, scheduled
+from diffusion_opt.caching.contestants import Contestant, Field, Group
+from diffusion_opt.caching.predictors import PredictorName
+from diffusion_opt.caching.rules import FixedSchedule
+from diffusion_opt.caching.rules.fixed import marks
 from diffusion_opt.caching.schedule_search import SearchSettings
 from diffusion_opt.evaluation import interleaved, machine
 
@@ -44,10 +47,40 @@ class Line:
     reason: str | None  # why there are no numbers
     spent: float | None  # full steps, counted
     errors: dict[str, float] | None  # mean relative L2 distance of final latents to each judge
+    solver: Solver = "euler"
+    mask: str | None = None  # of a schedule: # computed, . skipped
+    predictor: PredictorName | None = None  # of a schedule
 
     def __post_init__(self) -> None:
         if (self.reason is None) != (self.errors is not None and self.spent is not None):
             raise ValueError(f"a line has either numbers or a reason, got {self.spent}, {self.errors}, {self.reason!r}")
+
+    @classmethod
+    def of(
+        cls, contestant: Contestant, budget: int, setting: Setting, spent: float, errors: dict[str, float]
+    ) -> "Line":
+        """A line with numbers."""
+        schedule = setting.schedule
+        return cls(
+            policy=contestant.name,
+            group=contestant.group,
+            budget=budget,
+            setting=setting.label,
+            reason=None,
+            spent=spent,
+            errors=errors,
+            solver=setting.solver,
+            mask=None if schedule is None else marks(schedule.mask),
+            predictor=None if schedule is None else schedule.predictor,
+        )
+
+    def again(self) -> Setting | None:
+        """The setting that made the line, of plain runs and schedules; the others would have to be tuned anew."""
+        if self.group == "fewer steps":
+            return Setting(self.setting, self.budget, self.solver)
+        if self.mask is None:
+            return None
+        return scheduled(FixedSchedule(tuple(mark == "#" for mark in self.mask), self.predictor), self.solver)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +193,7 @@ def lines(
     only: Sequence[str] | None = None,
     known: Mapping[tuple[str, int], Line] | None = None,
 ) -> Iterator[tuple[Line, Setting | None]]:
-    """The lines one by one, with the setting that each was made with (None: a known line, or one without numbers).
+    """The lines one by one, with the setting of each (None: no numbers, or a known line that was tuned).
 
     `only` names the policies to run. Raises ValueError for a name that there is not.
     """
@@ -172,7 +205,7 @@ def lines(
             if only is not None and name not in only:
                 continue
             if known is not None and (name, budget) in known:
-                yield known[name, budget], None
+                yield known[name, budget], known[name, budget].again()
                 continue
             try:
                 setting = contestant.spend(contest, budget)
@@ -180,7 +213,7 @@ def lines(
             except CannotRunError as error:
                 yield Line(name, contestant.group, budget, "", str(error), None, None), None
                 continue
-            yield Line(name, contestant.group, budget, setting.label, None, spent, contest.errors(outputs)), setting
+            yield Line.of(contestant, budget, setting, spent, contest.errors(outputs)), setting
 
 
 def timings(contest: Contest, settings: Mapping[str, Setting], rounds: int) -> dict[str, float]:

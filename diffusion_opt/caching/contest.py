@@ -51,13 +51,13 @@ def scope_of(technique: StepCacheTechnique) -> Scope:
 
     @contextmanager
     def scope(pipe: DiffusionPipeline) -> Iterator[None]:
-        technique.apply(pipe)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # "skipped none": the arithmetic says so too
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "skipped none", falling polynomials: the errors say so too
+            technique.apply(pipe)
+            try:
                 yield
-        finally:
-            technique.remove(pipe)
+            finally:
+                technique.remove(pipe)
 
     return scope
 
@@ -70,6 +70,12 @@ class Setting:
     steps: int
     solver: Solver = "euler"
     scope: Scope = uncached
+    schedule: FixedSchedule | None = None  # the technique behind the scope, if it is a schedule
+
+
+def scheduled(schedule: FixedSchedule, solver: Solver) -> Setting:
+    """A schedule on a solver's full run."""
+    return Setting(schedule.describe(), len(schedule.mask), solver, scope_of(schedule), schedule)
 
 
 @dataclass(frozen=True, slots=True)

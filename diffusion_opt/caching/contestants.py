@@ -32,12 +32,13 @@ from diffusion_opt.caching.baselines import (
     taylor_seer,
 )
 from diffusion_opt.caching.calibration import StepCalibration, calibrate_step_cache
-from diffusion_opt.caching.contest import Contest, Scope, Setting, Solver, scope_of
+from diffusion_opt.caching.contest import Contest, Scope, Setting, Solver, scheduled, scope_of
 from diffusion_opt.caching.predictors import PredictorName
 from diffusion_opt.caching.recording import relative_error
 from diffusion_opt.caching.rules import EasyCache, FirstBlockCache, FixedSchedule, MagCache, StepTable, TeaCache
 from diffusion_opt.caching.schedule_search import SearchSettings, even_mask, measure_costs, search_mask
 from diffusion_opt.caching.segment_costs import SegmentCosts
+from diffusion_opt.caching.technique import StepCacheTechnique
 
 Group = Literal["fewer steps", "another library", "rule", "even spacing", "searched"]
 MAX_SKIPS, RETENTION = 12, 0.04  # of MagCache; published 3 and 0.2
@@ -137,7 +138,8 @@ class EvenSpacing:
     group: Group = "even spacing"
 
     def spend(self, contest: Contest, budget: int) -> Setting:
-        return scheduled(contest, even_mask(contest.run.steps, contest.affordable(budget)), self.predictor, "euler")
+        mask = even_mask(contest.run.steps, contest.affordable(budget))
+        return scheduled(FixedSchedule(mask, self.predictor), "euler")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +160,7 @@ class Searched:
                 self._costs[0] = measure_costs(contest.pipe, [task], self.settings, contest.progress)
             reference = contest.tuning_reference(self.solver)
             found = search_mask(contest.pipe, task, reference, self._costs[0], number, self.settings, contest.progress)
-        return scheduled(contest, found.mask, self.settings.predictor, self.solver)
-
-
-def scheduled(contest: Contest, mask: tuple[bool, ...], predictor: PredictorName, solver: Solver) -> Setting:
-    """A mask as a setting."""
-    technique = FixedSchedule(mask, predictor)
-    return Setting(technique.describe(), contest.run.steps, solver, scope_of(technique))
+        return scheduled(FixedSchedule(found.mask, self.settings.predictor), self.solver)
 
 
 class Field:
@@ -204,22 +200,21 @@ class Field:
         return str(path)
 
     def _rules(self) -> list[Contestant]:
-        def rule(make: Callable[..., FixedSchedule], predictor: PredictorName, threshold: float) -> tuple[Scope, str]:
-            technique = make(threshold, predictor)
-            return scope_of(technique), technique.describe()
-
-        makers = {
+        makers: dict[str, Callable[[float, PredictorName], StepCacheTechnique]] = {
             "TeaCache": lambda threshold, how: TeaCache(threshold, how, self._path),
             "TeaCache, polynomial": lambda threshold, how: TeaCache(threshold, how, self._path, "polynomial"),
             "step table": lambda threshold, how: StepTable(threshold, self._path, how),
             "MagCache": lambda threshold, how: MagCache(threshold, self._path, how, MAX_SKIPS, RETENTION),
-            "EasyCache": lambda threshold, how: EasyCache(threshold, how),
-            "first block": lambda threshold, how: FirstBlockCache(threshold, how),
+            "EasyCache": EasyCache,
+            "first block": FirstBlockCache,
         }
-        predictors: tuple[PredictorName, ...] = ("reuse", "forecast")
-        return [
-            Tuned(f"{name}, {how}", partial(rule, make, how)) for name, make in makers.items() for how in predictors
-        ]
+
+        def rule(name: str, predictor: PredictorName, threshold: float) -> tuple[Scope, str]:
+            technique = makers[name](threshold, predictor)
+            return scope_of(technique), technique.describe()
+
+        pairs = [(name, how) for name in makers for how in ("reuse", "forecast")]
+        return [Tuned(f"{name}, {how}", partial(rule, name, how)) for name, how in pairs]
 
     def _libraries(self) -> list[Contestant]:
         steps, two_passes = self.contest.run.steps, self.contest.run.guidance > 1

@@ -23,8 +23,7 @@ from diffusion_opt.caching.predictors import PredictorName
 from diffusion_opt.caching.recording import GenerationTask
 from diffusion_opt.caching.rules import FixedSchedule, MaskRule
 from diffusion_opt.caching.rules.fixed import marks
-from diffusion_opt.caching.schedule_search import SearchSettings, schedule_error, search_mask
-from diffusion_opt.caching.segment_costs import SegmentCosts
+from diffusion_opt.caching.schedule_search import Mask, SearchSettings, schedule_error, search_mask
 from diffusion_opt.caching.stored import find_stored, read_stored
 from diffusion_opt.caching.technique import StepCacheTechnique
 
@@ -35,7 +34,7 @@ class CacheSchedule:
 
     run: CalibratedRun
     predictor: PredictorName
-    mask: tuple[bool, ...]  # True: compute
+    mask: Mask  # True: compute
     start_error: float  # mean on the calibration batch, of the schedule that the climb began with
     error: float  # mean on the calibration batch, of this one: flattered, for it was chosen by that
     held_out_error: float | None  # mean on samples that the search never saw; None: not measured
@@ -81,21 +80,20 @@ class CacheSchedule:
 def search_schedule(
     pipe: DiffusionPipeline,
     task: GenerationTask,
-    costs: SegmentCosts,
-    budget: int,
+    starts: Sequence[Mask],
     settings: SearchSettings,
     held_out: Sequence[GenerationTask] = (),
     progress: bool = False,
 ) -> CacheSchedule:
-    """Search the schedule that computes `budget` steps: dynamic programming on `costs`, then a climb on `task`.
+    """Climb on `task` from the best of `starts`: `starting_masks`, or a schedule that was found before.
 
-    `costs` are `measure_costs`' and serve all budgets. Raises ValueError if the budget cannot be kept.
+    Raises ValueError if the starts compute different numbers of steps.
     """
-    if costs.predictor != settings.predictor:
-        raise ValueError(f"the costs are those of {costs.predictor}, the settings say {settings.predictor}")
+    if len({sum(mask) for mask in starts}) != 1:
+        raise ValueError(f"starts must compute the same number of steps, got {[sum(mask) for mask in starts]}")
     reference = task.run(pipe)
     run = CalibratedRun.of(pipe)
-    found = search_mask(pipe, task, reference, costs, budget, settings, progress)
+    found = search_mask(pipe, task, reference, starts, settings, progress)
     errors = [schedule_error(pipe, found.mask, settings.predictor, new, new.run(pipe)) for new in held_out]
     return CacheSchedule(
         run=run,

@@ -189,28 +189,31 @@ def measure_costs(
     return segment_costs(pipe, recordings, settings.predictor, weights, settings.max_gap, progress)
 
 
+def starting_masks(costs: SegmentCosts, budget: int) -> tuple[Mask, ...]:
+    """Where a climb may begin: dynamic programming by both objectives, and even spacing.
+
+    Raises ValueError if the budget cannot be kept.
+    """
+    found = (within_budget(costs, budget, objective) for objective in get_args(Objective))
+    return (*(candidate.mask(costs.num_steps) for candidate in found), even_mask(costs.num_steps, budget))
+
+
 def search_mask(
     pipe: DiffusionPipeline,
     task: GenerationTask,
     reference: torch.Tensor,
-    costs: SegmentCosts,
-    budget: int,
+    starts: Sequence[Mask],
     settings: SearchSettings,
     progress: bool = False,
 ) -> Climb:
-    """Both stages on one task with its full run's `reference`: three starts, and the climb from the best of them.
-
-    Raises ValueError if the budget cannot be kept.
-    """
-    found = {objective: within_budget(costs, budget, objective) for objective in get_args(Objective)}
-    starts = [candidate.mask(costs.num_steps) for candidate in found.values()]
-    starts.append(even_mask(costs.num_steps, budget))
+    """Run all starts on one task with its full run's `reference`, and climb from the best of them."""
 
     def error(mask: Mask) -> float:
         return float(schedule_error(pipe, mask, settings.predictor, task, reference).mean())
 
     generator = torch.Generator().manual_seed(settings.seed)
-    return climb(min(starts, key=error), error, generator, settings.trials, progress=progress)
+    start = min(starts, key=error) if len(starts) > 1 else starts[0]
+    return climb(start, error, generator, settings.trials, progress=progress)
 
 
 def even_mask(num_steps: int, budget: int) -> Mask:

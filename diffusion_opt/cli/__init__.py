@@ -7,6 +7,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from diffusion_opt.cli import cache, kernels
 from diffusion_opt.cli.demo import demo, doctor
 from diffusion_opt.cli.training import distill, train
 
@@ -28,6 +29,14 @@ COMMANDS = {
     "demo": demo,
     "train": train,
     "distill": distill,
+    "cache": _group(
+        "Step caches: measure a model, search its schedule, compare with running fewer steps.",
+        {"calibrate": cache.calibrate, "search": cache.search, "compare": cache.compare},
+    ),
+    "kernels": _group(
+        "Triton kernels: what the compiler makes of them for each GPU, and which code a call runs.",
+        {"report": kernels.report, "explain": kernels.explain},
+    ),
 }
 
 

@@ -79,6 +79,7 @@ def search(
 ) -> None:
     """Search which steps to compute, for each budget: dynamic programming, then a climb on whole runs.
 
+    Run it again and the climb goes on from the schedules in the folder.
     Writes <model>-<budget>.json for `ScheduledCache(schedule=…)`, with its error on samples the search never saw, and
     with --bound-samples also <model>-error-bound.json for `ErrorBoundedCache(max_rel_error, confidence, …)`.
 
@@ -102,24 +103,34 @@ def search(
     writable(out)
     pipe, prompts, steps, guidance = _opened(model, prompts, steps, guidance, settle(device, threads))
     from diffusion_opt.caching.recording import generation_tasks
-    from diffusion_opt.caching.schedule import search_schedule
-    from diffusion_opt.caching.schedule_search import SearchSettings, check_budget, measure_costs, within_budget
+    from diffusion_opt.caching.schedule import CacheSchedule, search_schedule
+    from diffusion_opt.caching.schedule_search import (
+        SearchSettings,
+        check_budget,
+        measure_costs,
+        starting_masks,
+        within_budget,
+    )
 
-    for budget in (*budgets, *(bound_budgets if bound_samples else ())):
+    others = tuple(n for n in bound_budgets if n not in budgets) if bound_samples else ()
+    for budget in (*budgets, *others):
         check_budget(budget, steps, max_gap)
+    paths = {budget: out / f"{Path(model).name}-{budget}.json" for budget in budgets}
     settings = SearchSettings(predictor, max_gap=max_gap, trials=trials, seed=seed)
     task = generation_tasks(prompts, steps, guidance, seed, len(prompts))[0]
     unseen = generation_tasks(_repeated(prompts, held_out), steps, guidance, seed + 10_000) if held_out else ()
-    costs = measure_costs(pipe, [task], settings, progress=True)
+    costs = None
+    if others or not all(path.is_file() for path in paths.values()):
+        costs = measure_costs(pipe, [task], settings, progress=True)
     masks = []
-    for budget in budgets:
-        found = search_schedule(pipe, task, costs, budget, settings, unseen, progress=True)
-        found.save(out / f"{Path(model).name}-{budget}.json")
+    for budget, path in paths.items():
+        starts = (CacheSchedule.load(path).mask,) if path.is_file() else starting_masks(costs, budget)
+        found = search_schedule(pipe, task, starts, settings, unseen, progress=True)
+        found.save(path)
         masks.append(found.mask)
         print(found.describe(), flush=True)
     if bound_samples:
-        others = [n for n in bound_budgets if n not in budgets]
-        masks += [within_budget(costs, budget).mask(costs.num_steps) for budget in others]
+        masks += [within_budget(costs, budget).mask(steps) for budget in others]
         tasks = generation_tasks(_repeated(prompts, bound_samples), steps, guidance, seed + 20_000)
         _bound(pipe, masks, predictor, tasks, out / f"{Path(model).name}-error-bound.json")
     print(f"written to {out}")

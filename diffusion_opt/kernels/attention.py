@@ -182,7 +182,7 @@ def _place(q: Tensor) -> str:
     if where == "reference":
         return "q is on a CPU, where Triton kernels do not run"
     if where == "interpret":
-        return "TRITON_INTERPRET is set"
+        return "this is inside interpreted()"
     return f"q is a CUDA tensor of {_name(q.dtype)} with heads of {q.shape[-1]}"
 
 

@@ -202,6 +202,7 @@ CASES = (  # what the ahead-of-time gate compiles: (codes, head dimension, granu
     (torch.int8, 128, "thread", "fp16_fast", "none"),
     (torch.int8, 64, "thread", "fp8", "none"),
     (torch.int8, 128, "thread", "fp8", "none"),
+    (torch.int8, 128, "thread", "fp8", "bool"),
     (torch.float8_e4m3fn, 64, "block", "fp8", "none"),
     (torch.float8_e4m3fn, 128, "block", "fp8", "none"),
     (torch.float8_e4m3fn, 128, "block", "fp8", "bool"),

@@ -11,7 +11,8 @@ that all keys lose:
 
 so m = mean_j k_j is subtracted before rounding and the lse put right after it. Masks, heads up to 256, any lengths and
 strides, and queries without a key work as in dense attention; SageAttention has head dimensions 64 and 128 and, in most
-of its kernels, no mask. Quantizing reads q and k once more: its time grows with the tokens, attention's with their square.
+of its kernels, no mask. Quantizing reads q and k once more: that time grows with the tokens, attention's with their
+square.
 """
 
 from jaxtyping import Float

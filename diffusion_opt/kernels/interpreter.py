@@ -29,7 +29,14 @@ import torch
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter as triton_interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle, interpreter_builder
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    ReduceScanOpInterface,
+    TensorHandle,
+    interpreter_builder,
+)
+from triton.runtime.jit import JITFunction
 
 TORCH_TYPES = {
     "fp8e4nv": torch.float8_e4m3fn,
@@ -169,6 +176,16 @@ def language_patched_once() -> Iterator[None]:
                 scope.restore()
 
 
+def interpretable(kernel: JITFunction | InterpretedFunction) -> InterpretedFunction:
+    """A kernel for the interpreter, whether or not TRITON_INTERPRET was set when it was decorated."""
+    return kernel if isinstance(kernel, InterpretedFunction) else InterpretedFunction(kernel.fn)
+
+
+def call_interpreted(self: JITFunction, *arguments: Any, **constants: Any) -> Any:
+    """What a kernel calls is interpreted as well; compiled functions refuse to be called from Python."""
+    return interpretable(self)(*arguments, **constants)
+
+
 @contextmanager
 def repaired() -> Iterator[None]:
     """Repair Triton's interpreter inside this block, and leave it as it was found."""
@@ -176,6 +193,7 @@ def repaired() -> Iterator[None]:
         for owner, name, repair in REPAIRS:
             stack.enter_context(patch.object(owner, name, repair(getattr(owner, name))))
         stack.enter_context(language_patched_once())
+        stack.enter_context(patch.object(JITFunction, "__call__", call_interpreted))
         options = replace(interpreter_builder.options, sanitize_overflow=False)
         stack.enter_context(patch.object(interpreter_builder, "options", options))
         yield

@@ -132,13 +132,12 @@ EIGHT_BIT_START = {
 EIGHT_BIT_MASKED_START = dict.fromkeys(HEAD_DIMS, LaunchConfig(64, 64, 8, 2))
 INT8_SCORES_FP16_VALUES = same_everywhere(EIGHT_BIT_START)
 INT8_SCORES_FP16_VALUES_MASKED = same_everywhere(EIGHT_BIT_MASKED_START)
-FP8_VALUES = {  # e4m3 does not exist on sm_80
-    **dict.fromkeys((89, 90, 100), EIGHT_BIT_START),
-    120: {**EIGHT_BIT_START, 128: LaunchConfig(64, 64, 4, 3)},
-}
+FP8_SCORES = dict.fromkeys((89, 90, 100, 120), EIGHT_BIT_START)  # e4m3 does not exist on sm_80
+INT8_SCORES_FP8_VALUES = {**FP8_SCORES, 120: {**EIGHT_BIT_START, 128: LaunchConfig(64, 64, 4, 3)}}
+EIGHT_BIT_MASKED_SMALL = {**EIGHT_BIT_MASKED_START, 128: LaunchConfig(64, 32, 8, 2)}
 FP8_VALUES_MASKED = {
-    **dict.fromkeys((89, 90, 100), EIGHT_BIT_MASKED_START),
-    120: {**EIGHT_BIT_MASKED_START, 128: LaunchConfig(64, 32, 8, 2)},
+    **dict.fromkeys((89, 90), EIGHT_BIT_MASKED_START),
+    **dict.fromkeys((100, 120), EIGHT_BIT_MASKED_SMALL),
 }
 # FP4 weights are rounded in tiles of 64 keys: that tile is part of the number format and no choice.
 FP4_SMALL = {**dict.fromkeys((16, 32, 64, 128), LaunchConfig(32, 64, 8, 1)), 256: LaunchConfig(16, 64, 8, 1)}
@@ -180,9 +179,9 @@ LAUNCH: dict[str, dict[int, dict[int, LaunchConfig]]] = {
     "dense_queries_fp32": DENSE_BACKWARD_FP32,
     "int8_scores_fp16_values": INT8_SCORES_FP16_VALUES,
     "int8_scores_fp16_values_masked": INT8_SCORES_FP16_VALUES_MASKED,
-    "int8_scores_fp8_values": FP8_VALUES,
+    "int8_scores_fp8_values": INT8_SCORES_FP8_VALUES,
     "int8_scores_fp8_values_masked": FP8_VALUES_MASKED,
-    "fp8_scores_fp8_values": FP8_VALUES,
+    "fp8_scores_fp8_values": FP8_SCORES,
     "fp8_scores_fp8_values_masked": FP8_VALUES_MASKED,
     "fp4_forward": FP4_FORWARD,
     "fp4_forward_fp32": FP4_FP32,

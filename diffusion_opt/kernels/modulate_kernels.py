@@ -3,7 +3,8 @@
 Forward, a program owns a token: it loads the row, adds the gated residual, takes mean and mean square, and writes what
 the next operation reads. Backward, a program owns a run of tokens of one batch entry, so that sums over tokens grow in
 its registers; where one row of parameters serves all tokens it writes one partial sum a run, and PyTorch adds up these.
-Nothing here multiplies matrices: time is the bytes moved over the bandwidth of the memory.
+Nothing here multiplies matrices: time is the bytes moved over the bandwidth of the memory. Each row is loaded as late
+as possible, so that three rows of sums and those in use fit the registers.
 """
 
 import torch
@@ -16,7 +17,6 @@ from diffusion_opt.kernels.compile_cases import CompileCase
 from diffusion_opt.kernels.launch import ARCHITECTURES, LaunchConfig
 
 RUN = 16  # tokens of a program of the backward pass
-FORWARD_WARPS, BACKWARD_WARPS = 16, 32  # at most; the backward pass holds more rows
 
 
 @triton.jit
@@ -72,31 +72,30 @@ def backward_kernel(
     for token in range(first, tl.minimum(first + RUN, length)):
         place = (b * length + token) * channels + column
         x = tl.load(HIDDEN + b * stride_xb + token * stride_xl + column, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(GRAD + b * stride_ob + token * stride_ol + column, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(SCALE + b * stride_sb + token * stride_sl + column, mask=inside, other=0.0).to(tl.float32)
         n, factor = normalized(x, inside, channels, eps, LAYER)
-        e = grad * (1.0 + scale)
-        grad_x = e - n * (tl.sum(e * n, 0) / channels)
-        if LAYER:
-            grad_x -= tl.sum(e, 0) / channels
-        grad_x *= factor
-        if GATED:
-            arriving = tl.load(GRAD_HIDDEN + b * stride_rb + token * stride_rl + column, mask=inside, other=0.0)
-            grad_x += arriving.to(tl.float32)
-            y = tl.load(Y + b * stride_yb + token * stride_yl + column, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(GATE + b * stride_gb + token * stride_gl + column, mask=inside, other=0.0).to(tl.float32)
-            tl.store(GRAD_Y + place, (grad_x * gate).to(GRAD_Y.dtype.element_ty), mask=inside)
-        tl.store(GRAD_X + place, grad_x.to(GRAD_X.dtype.element_ty), mask=inside)
+        grad = tl.load(GRAD + b * stride_ob + token * stride_ol + column, mask=inside, other=0.0).to(tl.float32)
         if SHARED:
             sum_scale += grad * n
             sum_shift += grad
-            if GATED:
-                sum_gate += grad_x * y
         else:
             tl.store(GRAD_SCALE + place, grad * n, mask=inside)
             tl.store(GRAD_SHIFT + place, grad, mask=inside)
-            if GATED:
+        scale = tl.load(SCALE + b * stride_sb + token * stride_sl + column, mask=inside, other=0.0).to(tl.float32)
+        e = grad * (1.0 + scale)
+        if LAYER:
+            e -= tl.sum(e, 0) / channels  # before the other mean, which does not change: the mean of n is 0
+        grad_x = (e - n * (tl.sum(e * n, 0) / channels)) * factor
+        if GATED:
+            arriving = tl.load(GRAD_HIDDEN + b * stride_rb + token * stride_rl + column, mask=inside, other=0.0)
+            grad_x += arriving.to(tl.float32)
+            gate = tl.load(GATE + b * stride_gb + token * stride_gl + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(GRAD_Y + place, (grad_x * gate).to(GRAD_Y.dtype.element_ty), mask=inside)
+            y = tl.load(Y + b * stride_yb + token * stride_yl + column, mask=inside, other=0.0).to(tl.float32)
+            if SHARED:
+                sum_gate += grad_x * y
+            else:
                 tl.store(GRAD_GATE + place, grad_x * y, mask=inside)
+        tl.store(GRAD_X + place, grad_x.to(GRAD_X.dtype.element_ty), mask=inside)
     if SHARED:
         tl.store(GRAD_SCALE + run * channels + column, sum_scale, mask=inside)
         tl.store(GRAD_SHIFT + run * channels + column, sum_shift, mask=inside)
@@ -104,10 +103,10 @@ def backward_kernel(
             tl.store(GRAD_GATE + run * channels + column, sum_gate, mask=inside)
 
 
-def row_launch(channels: int, most_warps: int) -> LaunchConfig:
-    """A token a program, and eight numbers of each row in a thread as long as warps last."""
+def row_launch(channels: int) -> LaunchConfig:
+    """A token at a time, eight numbers of each row in a thread; with more than 16 warps registers run out."""
     block = triton.next_power_of_2(channels)
-    return LaunchConfig(1, block, min(most_warps, max(1, block // 256)), 1)
+    return LaunchConfig(1, block, min(16, max(1, block // 256)), 1)
 
 
 def forward(
@@ -118,7 +117,7 @@ def forward(
     rows = _with_rows(x, y, gate, scale, shift)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     hidden = x if gate is None else torch.empty_like(out)
-    choice = row_launch(channels, FORWARD_WARPS)
+    choice = row_launch(channels)
     runtime.run(
         forward_kernel,
         (b * length,),
@@ -143,7 +142,7 @@ def backward(
     grad_x = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     grad_y = torch.empty_like(grad_x)
     parts = [grad_x.new_empty(b, runs if shared else length, channels, dtype=torch.float32) for _ in range(3)]
-    choice = row_launch(channels, BACKWARD_WARPS)
+    choice = row_launch(channels)
     runtime.run(
         backward_kernel,
         (b * runs,),
@@ -186,7 +185,7 @@ def compile_cases() -> tuple[CompileCase, ...]:
             types[name] = ("*fp32" if sums else "*bf16") if name.isupper() else "i32"
         types |= {"eps": "fp32"} | dict.fromkeys((*fixed, "BLOCK_C"), "constexpr")
         what = "forward" if kernel is forward_kernel else "backward"
-        choice = row_launch(channels, FORWARD_WARPS if kernel is forward_kernel else BACKWARD_WARPS)
+        choice = row_launch(channels)
         cases.append(
             CompileCase(
                 name=f"{'gated ' if gated else ''}modulate {what} {'layer' if layer else 'rms'} bf16 c{channels}",

@@ -1,23 +1,24 @@
 """Where a kernel runs: compiled on a CUDA device, interpreted for a test, or not at all.
 
 Each operation of this room has two bodies, a Triton kernel and a plain PyTorch reference. Which one a call takes is
-decided by its tensors and by one fact about the process:
+decided by its tensors and by where the call stands:
 
-    CUDA tensor                                          "cuda"       the compiled kernel
-    CPU tensor, TRITON_INTERPRET=1                       "interpret"  the kernel's source, executed with numpy
-    CPU tensor otherwise                                 "reference"  PyTorch
+    CUDA tensor                                 "cuda"       the compiled kernel
+    CPU tensor inside `with interpreted():`     "interpret"  the kernel's source, executed with numpy
+    CPU tensor otherwise                        "reference"  PyTorch
 
 The interpreter executes a kernel tile by tile in Python, hundreds of times slower than PyTorch, so it is for tests and
-teaching and never chosen on its own. Triton reads `TRITON_INTERPRET` when a kernel is decorated, that is when its
-module is imported: set it before, or not at all. It is read here once, for the whole process.
+teaching and never chosen on its own. Triton's own switch, the variable TRITON_INTERPRET, is read when a kernel is
+decorated and holds for the whole process; here one process can interpret a kernel and compile it too.
 
 `run` is the only place that starts a kernel: it selects the device of the tensors, and puts the repairs of
 `interpreter.py` around an interpreted run.
 """
 
 import importlib.util
-import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -28,13 +29,26 @@ from diffusion_opt.kernels.launch import ARCHITECTURES
 Mode = Literal["cuda", "interpret", "reference"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 INTERPRETED_ARCH = 90  # the interpreter has no architecture: it runs the tiles of this one
+
+_interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """In this block kernels run on CPU tensors, in Triton's interpreter. Raises RuntimeError without Triton."""
+    if not HAS_TRITON:
+        raise RuntimeError("the interpreter is part of Triton, which exists on Linux only: pip install triton==3.7.1")
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
 
 
 def interpreting() -> bool:
-    """Whether kernels of this process are interpreted: TRITON_INTERPRET was set when this module was imported."""
-    return INTERPRETING
+    """Whether this is inside `with interpreted():`."""
+    return _interpreted.get()
 
 
 def mode(tensor: Tensor) -> Mode:
@@ -42,10 +56,8 @@ def mode(tensor: Tensor) -> Mode:
 
     Raises RuntimeError for a CUDA tensor without Triton: the caller must choose PyTorch then, and say so.
     """
-    if INTERPRETING:
-        return "interpret"
     if not tensor.is_cuda:
-        return "reference"
+        return "interpret" if interpreting() else "reference"
     if not HAS_TRITON:
         raise RuntimeError("a CUDA tensor needs Triton, which is not installed: pip install triton==3.7.1")
     return "cuda"
@@ -72,14 +84,14 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -
 
     `constants` are the kernel's constexpr arguments and Triton's own `num_warps` and `num_stages`.
     """
-    with _surroundings(arguments):
-        kernel[grid](*arguments, **constants)
-
-
-def _surroundings(arguments: tuple[Any, ...]) -> AbstractContextManager:
-    if INTERPRETING:
-        from diffusion_opt.kernels.interpreter import repaired  # needs Triton, so not at the top
-
-        return repaired()
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    return torch.cuda.device(tensors[0].device) if tensors else nullcontext()
+    on_gpu = bool(tensors) and tensors[0].is_cuda
+    if interpreting() and not on_gpu:
+        from diffusion_opt.kernels.interpreter import interpretable, repaired  # need Triton, so not at the top
+
+        with repaired():
+            interpretable(kernel)[grid](*arguments, **constants)
+        return
+    here: AbstractContextManager = torch.cuda.device(tensors[0].device) if on_gpu else nullcontext()
+    with here:
+        kernel[grid](*arguments, **constants)

@@ -12,7 +12,7 @@ from diffusion_opt.caching.interop import cache_dit_mask
 from diffusion_opt.caching.recording import generation_tasks
 from diffusion_opt.caching.rules.fixed import marks
 from diffusion_opt.caching.schedule import CacheSchedule, ScheduledCache, search_schedule
-from diffusion_opt.caching.schedule_search import SearchSettings, measure_costs
+from diffusion_opt.caching.schedule_search import SearchSettings, measure_costs, starting_masks
 from diffusion_opt.caching.stack import attached_cut
 from diffusion_opt.models import FlowMatchAdamsBashforthScheduler
 
@@ -79,7 +79,7 @@ def test_search_reports_the_errors_it_measured():
     (task,), held_out = (generation_tasks(["0", "1"], 6, 2.0, seed=s) for s in (1, 50))
     dense = task.run(pipe)
     costs = measure_costs(pipe, [task], SETTINGS)
-    found = search_schedule(pipe, task, costs, 3, SETTINGS, held_out)
+    found = search_schedule(pipe, task, starting_masks(costs, 3), SETTINGS, held_out)
     assert found.num_computed == 3 and found.num_held_out == 2
     assert found.error <= found.start_error
     technique = found.fixed()
@@ -94,8 +94,11 @@ def test_search_reports_the_errors_it_measured():
     technique.remove(pipe)
     assert torch.equal(task.run(pipe), dense)
     assert f"{marks(found.mask)} 3 of 6 steps" in found.describe() and "held-out" in found.describe()
-    with pytest.raises(ValueError, match="costs are those of forecast, the settings say reuse"):
-        search_schedule(pipe, task, costs, 3, SearchSettings("reuse"))
+    again = search_schedule(pipe, task, [found.mask], SETTINGS)
+    assert again.start_error == pytest.approx(found.error) and again.error <= found.error
+    assert again.held_out_error is None
+    with pytest.raises(ValueError, match=r"same number of steps, got \[3, 6\]"):
+        search_schedule(pipe, task, [found.mask, (True,) * 6], SETTINGS)
 
 
 def test_it_goes_to_cache_dit_as_ones_and_zeros(pipe):

@@ -19,6 +19,7 @@ from diffusion_opt.caching.schedule_search import (
     measure_costs,
     schedule_error,
     search_mask,
+    starting_masks,
     within_budget,
 )
 from diffusion_opt.caching.segment_costs import NONE, SegmentCosts, _interpolated, amplification, segment_costs
@@ -162,13 +163,15 @@ def test_the_search_never_falls_behind_its_start_and_repeats(calibrated, predict
     pipe, task, recording = calibrated
     settings = SearchSettings(predictor, max_gap=3, amplify_every=6, trials=3)
     costs = measure_costs(pipe, [task], settings)
-    found = search_mask(pipe, task, recording.output, costs, 4, settings)
+    starts = starting_masks(costs, 4)
+    assert all(sum(mask) == 4 for mask in starts)
+    found = search_mask(pipe, task, recording.output, starts, settings)
     assert sum(found.mask) == 4
     assert found.errors[-1] <= found.errors[0]
     real = relative_error(FixedSchedule(found.mask, predictor).apply(pipe) and task.run(pipe), recording.output)
     FixedSchedule(found.mask, predictor).remove(pipe)
     assert float(real.mean()) == pytest.approx(found.errors[-1])
-    assert search_mask(pipe, task, recording.output, costs, 4, settings) == found
+    assert search_mask(pipe, task, recording.output, starts, settings) == found
     assert torch.equal(task.run(pipe), recording.output)
 
 

@@ -29,6 +29,9 @@ def test_search_writes_schedules_and_a_bound_that_the_pipeline_can_use(folder, t
     assert bound.masks[2] == schedule.mask
     printed = capsys.readouterr().out
     assert schedule.describe() in printed and "with confidence 0.9: " in printed
+    search(folder, budgets=(3,), prompts=("0", "1"), trials=2, max_gap=3, held_out=0, out=out)
+    further = CacheSchedule.load(out / "toy-3.json")
+    assert further.start_error == pytest.approx(schedule.error) and further.error <= schedule.error
     pipe = load(folder)
     generate(ScheduledCache(str(out / "toy-3.json")).apply(pipe), steps=6)
     ScheduledCache(str(out / "toy-3.json")).remove(pipe)

@@ -1,10 +1,6 @@
-"""Where the kernels of this session run, and the tolerance they are held to.
+"""Where kernels run: tests marked `interpreted` take the GPU if there is one, else Triton's interpreter."""
 
-Tests marked `interpreted` execute Triton kernels. `pytest -m interpreted` runs them on the CPU in Triton's interpreter
-(tests/conftest.py sets TRITON_INTERPRET=1 before the kernels are imported); on a machine with a GPU,
-`TRITON_INTERPRET=0 pytest -m interpreted` runs the same tests compiled. pytest reads this file before that happens, so
-nothing of the package is imported at its top.
-"""
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +8,17 @@ import torch
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where tensors must lie for the kernels to run: the CPU when interpreting, else the GPU."""
-    from diffusion_opt.kernels import runtime
+    """Where tensors must lie for the kernels to run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    return torch.device("cpu" if runtime.interpreting() else "cuda")
+
+@pytest.fixture(autouse=True)
+def kernels_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Interpret the kernels that a marked test starts on CPU tensors."""
+    if not request.node.get_closest_marker("interpreted"):
+        yield
+        return
+    from diffusion_opt.kernels.runtime import interpreted  # not at the top: the shape-check hook comes first
+
+    with interpreted():
+        yield

@@ -9,13 +9,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from diffusion_opt.kernels import runtime
 
-pytestmark = [
-    pytest.mark.interpreted,
-    pytest.mark.skipif(not runtime.interpreting(), reason="about the interpreter, and kernels are compiled here"),
-]
+pytestmark = pytest.mark.interpreted
 
 FLOATS = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "fp16": torch.float16}
 SIZE = 1024
@@ -52,6 +50,17 @@ def product_kernel(x, y, out, n: tl.constexpr):
     tl.store(out + square, tl.dot(tl.load(x + square), tl.load(y + square)))
 
 
+@triton.jit
+def doubled(a):
+    return a + a
+
+
+@triton.jit
+def calling_kernel(x, out, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(out + i, doubled(tl.load(x + i)) + tl.zeros([n], tl.float32))
+
+
 def numbers(dtype: torch.dtype = torch.float32, spread: float = 8.0) -> Tensor:
     """Normal numbers over many binades, with ties, zeros and both signs among them."""
     values = torch.randn(SIZE) * torch.exp2(torch.randn(SIZE) * spread)
@@ -71,20 +80,20 @@ def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [FLOATS["bf16"], FLOATS["e4m3"], FLOATS["e5m2"]], ids=["bf16", "e4m3", "e5m2"])
 def test_unrepaired_casts_are_still_wrong(dtype):
     x, out = numbers(), torch.empty(SIZE, dtype=dtype)
-    cast_kernel[(1,)](x, out, SIZE)
+    InterpretedFunction(cast_kernel.fn)[(1,)](x, out, SIZE)
     assert not torch.equal(bits(out), bits(saturated(x, dtype)))
 
 
 def test_unrepaired_bfloat16_arithmetic_is_still_wrong():
     x, y = numbers(torch.bfloat16, spread=1), numbers(torch.bfloat16, spread=1)
     total, product, larger = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-    arithmetic_kernel[(1,)](x, y, total, product, larger, SIZE)
+    InterpretedFunction(arithmetic_kernel.fn)[(1,)](x, y, total, product, larger, SIZE)
     assert not torch.equal(total, x + y) and not torch.equal(product, x * y)
 
 
 def test_unrepaired_bfloat16_dot_is_still_wrong():
     x, y, out = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16(), torch.empty(16, 16)
-    product_kernel[(1,)](x, y, out, 16)
+    InterpretedFunction(product_kernel.fn)[(1,)](x, y, out, 16)
     assert not torch.allclose(out, x.float() @ y.float(), rtol=1e-2)
 
 
@@ -143,6 +152,27 @@ def test_dot_is_exact_in_the_accumulator(name):
     out = torch.empty(16, 16)
     runtime.run(product_kernel, (1,), x, y, out, 16)
     torch.testing.assert_close(out, x.float() @ y.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_kernel_may_call_other_kernels():
+    """Those of Triton's own language too: `tl.zeros` is one, compiled like any other."""
+    x, out = torch.randn(SIZE), torch.empty(SIZE)
+    runtime.run(calling_kernel, (1,), x, out, SIZE)
+    assert torch.equal(out, 2 * x)
+    with pytest.raises(RuntimeError, match="outside of the scope of a kernel"):
+        doubled(x)
+
+
+def test_interpreted_is_a_matter_of_the_block():
+    assert runtime.mode(torch.zeros(1)) == "interpret"
+    token = runtime._interpreted.set(False)
+    try:
+        assert runtime.mode(torch.zeros(1)) == "reference"
+        with runtime.interpreted():
+            assert runtime.interpreting()
+        assert not runtime.interpreting()
+    finally:
+        runtime._interpreted.reset(token)
 
 
 def test_the_interpreter_is_left_as_it_was_found():

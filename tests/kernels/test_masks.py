@@ -75,9 +75,9 @@ def test_smaller_blocks_are_the_same_mask(lengths):
 
 def near(window: tuple[int, ...], counts: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether tile b is in the window around tile a, the window moved inside the grid."""
-    for width, count, centre, place in zip(window, counts, a, b, strict=True):
+    for width, count, center, place in zip(window, counts, a, b, strict=True):
         width = min(width, count)
-        first = min(max(centre - width // 2, 0), count - width)
+        first = min(max(center - width // 2, 0), count - width)
         if not first <= place < first + width:
             return False
     return True

@@ -5,6 +5,7 @@ Nothing is executed here except the stubs of exercises; `make lessons` runs the 
 
 import ast
 import inspect
+import linecache
 import re
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def test_a_stub_is_open_and_says_so(tool, path, capsys):
     """Each exercise cell runs as it is stored, with nothing defined before it but the imports, and says "not yet"."""
     sources = [cell.source for cell in cells(tool, path, "code")]
     for stub in (source for source in sources if re.search(r"^checks\.ex_", source, flags=re.MULTILINE)):
-        exec(compile(sources[0] + "\n" + stub, path.name, "exec"), {})
+        source = sources[0] + "\n" + stub
+        linecache.cache[path.name] = (len(source), None, source.splitlines(keepends=True), path.name)  # Triton reads it
+        exec(compile(source, path.name, "exec"), {})
         assert capsys.readouterr().out.startswith("not yet: "), stub
 
 

@@ -260,7 +260,9 @@ def attach(
         raise ValueError(f"there is a cache on this transformer already ({clash[0]}): remove it first")
     session = RegionSession(family, policy, precision, offload)
     restore = exchange_processors(family.attentions(), session.board)
-    HookRegistry.check_if_exists_or_initialize(transformer).register_hook(_RegionHook(session, restore), REGION_HOOK_NAME)
+    HookRegistry.check_if_exists_or_initialize(transformer).register_hook(
+        _RegionHook(session, restore), REGION_HOOK_NAME
+    )
     transformer._diffusers_hook.invalidate_child_registries_cache()
     return session
 

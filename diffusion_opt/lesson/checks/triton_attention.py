@@ -15,7 +15,9 @@ def ex_07_1(answer: object) -> None:
     from triton import JITFunction
 
     if not isinstance(answer, JITFunction):
-        raise WrongAnswerError(f"hand over the function itself, decorated with @triton.jit; got {type(answer).__name__}")
+        raise WrongAnswerError(
+            f"hand over the function itself, decorated with @triton.jit; got {type(answer).__name__}"
+        )
     x = torch.randn(5, 11, generator=torch.Generator().manual_seed(1)) - 4
     out, behind = _softmax_of(answer, x)
     if out.isnan().all():
@@ -24,10 +26,14 @@ def ex_07_1(answer: object) -> None:
     if not behind.isnan().all():
         raise WrongAnswerError("the kernel writes behind the data: the store needs its mask as well")
     counted = (x - x.amax(1, keepdim=True).clamp(min=0)).exp()  # with zeros in the place of what does not exist
+    padded = "what does not exist counts as a score of 0: load it as -inf"
     absent = 5 * (-x.amax(1, keepdim=True).clamp(min=0)).exp()
     mistakes = (
-        (counted / (counted.sum(1, keepdim=True) + absent), "what does not exist counts as a score of 0: load it as -inf"),
-        (x.exp() / (x.exp().sum(1, keepdim=True) + 5), "what does not exist counts as a score of 0: load it as -inf"),
+        (
+            counted / (counted.sum(1, keepdim=True) + absent),
+            "what does not exist counts as a score of 0: load it as -inf",
+        ),
+        (x.exp() / (x.exp().sum(1, keepdim=True) + 5), padded),
         ((x - x.amax(1, keepdim=True)).exp(), "the division by the sum of the row is missing"),
         (x.exp(), "the division by the sum of the row is missing"),
     )

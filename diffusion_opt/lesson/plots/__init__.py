@@ -10,12 +10,25 @@ in marker as well, so they do in print. Values stand at the bars and names at th
     roofline                    arithmetic per second against arithmetic per byte
     paths                       trajectories in the plane
     matrices                    scores, masks, errors as pictures
+    fits, masks                 what a cache decides by, and which steps it computed
 """
 
+from diffusion_opt.lesson.plots.decisions import fits, masks
 from diffusion_opt.lesson.plots.lines import curves
 from diffusion_opt.lesson.plots.matrices import matrices
 from diffusion_opt.lesson.plots.pictures import image_grid, image_rows
 from diffusion_opt.lesson.plots.plane import paths
 from diffusion_opt.lesson.plots.shares import bars, roofline, stacked_shares
 
-__all__ = ["bars", "curves", "image_grid", "image_rows", "matrices", "paths", "roofline", "stacked_shares"]
+__all__ = [
+    "bars",
+    "curves",
+    "fits",
+    "image_grid",
+    "image_rows",
+    "masks",
+    "matrices",
+    "paths",
+    "roofline",
+    "stacked_shares",
+]

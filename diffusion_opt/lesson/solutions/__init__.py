@@ -5,7 +5,12 @@ with checks, progress and hooks. Each function bears the name of its exercise's 
 `diffusion_opt.lesson.checks` to them.
 """
 
-from diffusion_opt.lesson.solutions import combine, fewer_steps, start_here, why_slow
+from diffusion_opt.kernels.runtime import HAS_TRITON
+from diffusion_opt.lesson.solutions import combine, fewer_steps, region_cache, start_here, step_caching, why_slow
 
-LESSONS = (start_here, why_slow, fewer_steps, combine)
+LESSONS = (start_here, why_slow, fewer_steps, step_caching, region_cache, combine)
+if HAS_TRITON:  # Linux only; the lessons on kernels need it
+    from diffusion_opt.lesson.solutions import triton_attention
+
+    LESSONS += (triton_attention,)
 SOLUTIONS = {name: solution for lesson in LESSONS for name, solution in lesson.SOLUTIONS.items()}

@@ -7,9 +7,11 @@ import torch
 from caching.region.models import CASES, NUM_TOKENS, noise
 from caching.region.script import Script, scripted
 from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from diffusion_opt.caching.region.session import RegionSession, attach, attached_session, detach
+from diffusion_opt.caching.stack import COMPILED_HOOK_NAME
 
 SOME = torch.tensor([2, 3, 9])
 FLUX2 = CASES["flux2"]
@@ -239,6 +241,10 @@ def test_two_caches_on_one_transformer_are_refused(module):
         attach(module, None)
     with pytest.raises(ValueError, match="cannot be deep-copied"):
         copy.deepcopy(module)
+    detach(module)
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(ModelHook(), COMPILED_HOOK_NAME)
+    with pytest.raises(ValueError, match="already"):
+        attach(module, None)
 
 
 def test_a_region_of_another_size_is_refused(module):
