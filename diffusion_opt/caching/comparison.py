@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 
 from diffusion_opt.caching.baselines import CannotRunError
 from diffusion_opt.caching.contest import Contest, RunSettings, Setting, Solver, scheduled
-from diffusion_opt.caching.contestants import Contestant, Field, Group
+from diffusion_opt.caching.contestants import Contestant, Group, contestants
 from diffusion_opt.caching.predictors import PredictorName
 from diffusion_opt.caching.rules import FixedSchedule
 from diffusion_opt.caching.rules.fixed import marks
@@ -197,11 +197,11 @@ def lines(
 
     `only` names the policies to run. Raises ValueError for a name that there is not.
     """
-    contestants = Field(contest, search).contestants()
-    if unknown := set(only or ()) - set(contestants):
-        raise ValueError(f"no policy is called {sorted(unknown)[0]!r}: there are {', '.join(contestants)}")
+    everyone = contestants(contest, search)
+    if unknown := set(only or ()) - set(everyone):
+        raise ValueError(f"no policy is called {sorted(unknown)[0]!r}: there are {', '.join(everyone)}")
     for budget in budgets:
-        for name, contestant in contestants.items():
+        for name, contestant in everyone.items():
             if only is not None and name not in only:
                 continue
             if known is not None and (name, budget) in known:

@@ -16,11 +16,13 @@ The last judge is the one that a cache's makers rarely call: a run of fewer step
 the truth than the teacher it is said to be worse than.
 """
 
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -29,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffusion_opt.caching.calibration import StepCalibration, calibrate_step_cache
 from diffusion_opt.caching.recording import GenerationTask, generation_tasks, relative_error
 from diffusion_opt.caching.rules import FixedSchedule
 from diffusion_opt.caching.schedule_search import even_mask
@@ -98,7 +101,7 @@ class RunSettings:
 class Contest:
     """Runs settings on the same held-out noises, and knows what they cost and how far off they are.
 
-    `tuning` noises (half a million seeds away) are for thresholds and schedules. Everything is made when first needed.
+    Thresholds and schedules have noises of their own, half a million seeds away. All is made when first needed.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Contest:
         self.fine_steps = fine_steps or 4 * self.run.steps
         self.progress = progress
         self._tuning_references: dict[Solver, Tensor] = {}
+        self._folder = tempfile.TemporaryDirectory()
 
     def tasks(self, steps: int, num_samples: int | None = None) -> tuple[GenerationTask, ...]:
         """Held-out batches; the first samples are the same for any number of them."""
@@ -171,6 +175,19 @@ class Contest:
         if solver not in self._tuning_references:
             self._tuning_references[solver] = self.sample(self.full(solver), self.tuning_task(self.run.steps))
         return self._tuning_references[solver]
+
+    @cached_property
+    def calibration(self) -> StepCalibration:
+        """What TeaCache, MagCache and the step table need, from one generation of each prompt."""
+        run, generator = self.run, torch.Generator().manual_seed(self.seed + 600_000)
+        return calibrate_step_cache(self.pipe, run.prompts, run.steps, run.guidance, generator)
+
+    @cached_property
+    def calibration_path(self) -> str:
+        """Where it is saved, for techniques to read; it goes with the contest."""
+        path = Path(self._folder.name) / "calibration.json"
+        self.calibration.save(path)
+        return str(path)
 
     @cached_property
     def macs_of_a_step(self) -> float:

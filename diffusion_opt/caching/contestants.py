@@ -4,39 +4,39 @@ A contestant turns a budget of full steps (`contest.py`) into a setting that kee
 nothing at run time: thresholds are tuned on noises of their own until one more computed step would not fit, of discrete
 settings all that fit are tried and the best is taken, and what is calibrated is calibrated on the model at hand.
 
-    FewerSteps   plain sampling with as many steps as the budget: the baseline that costs nobody anything
-    Tuned        one threshold, by bisection: the rules, and most of other libraries' caches
-    Chosen       a list of settings, of which the best that fits is taken
-    Counted      told how many steps to compute: even spacing, and searched schedules
+    FewerSteps    plain sampling with as many steps as the budget: the baseline that costs nobody anything
+    Tuned         one threshold, by bisection: the rules, and most of other libraries' caches
+    Chosen        a list of settings, of which the best that fits is taken
+    EvenSpacing   told how many steps to compute
+    Searched      told so too, and searches which
+
+All caches act on the Euler run. Those that might gain by the second-order one act on that too: the search, and of the
+other libraries' TaylorSeer, the strongest.
 
 MagCache computes the first fifth of the steps and skips three in a row at most, as published; no threshold then brings
 50 steps below 20. Both limits are widened here, to a twenty-fifth and to twelve, in ours and in diffusers'.
 """
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Literal, Protocol
-
-import torch
 
 from diffusion_opt.caching.baselines import (
     CacheDit,
     CannotRunError,
+    DiffusersCache,
     faster_cache,
     first_block,
     mag_cache,
     pyramid_attention,
     taylor_seer,
 )
-from diffusion_opt.caching.calibration import StepCalibration, calibrate_step_cache
 from diffusion_opt.caching.contest import Contest, Scope, Setting, Solver, scheduled, scope_of
 from diffusion_opt.caching.predictors import PredictorName
 from diffusion_opt.caching.recording import relative_error
 from diffusion_opt.caching.rules import EasyCache, FirstBlockCache, FixedSchedule, MagCache, StepTable, TeaCache
-from diffusion_opt.caching.schedule_search import SearchSettings, even_mask, measure_costs, search_mask
+from diffusion_opt.caching.schedule_search import SearchSettings, even_mask, measure_costs, search_mask, starting_masks
 from diffusion_opt.caching.segment_costs import SegmentCosts
 from diffusion_opt.caching.technique import StepCacheTechnique
 
@@ -113,6 +113,8 @@ class Chosen:
 
     def spend(self, contest: Contest, budget: int) -> Setting:
         candidates = self.settings(budget)
+        if not candidates:
+            raise CannotRunError(f"none of its settings computes {budget} steps or fewer")
         for setting in candidates:
             if setting.label not in self.tried:
                 self.tried[setting.label] = _tried(contest, setting)
@@ -150,110 +152,90 @@ class Searched:
     solver: Solver
     settings: SearchSettings
     group: Group = "searched"
-    _costs: dict[int, SegmentCosts] = field(default_factory=dict)  # one entry, made when first needed
+    costs: list[SegmentCosts] = field(default_factory=list)  # one that serves all budgets, made when first needed
 
     def spend(self, contest: Contest, budget: int) -> Setting:
         task = contest.tuning_task(contest.run.steps)
         number = contest.affordable(budget)
         with contest.solver(self.solver):
-            if not self._costs:
-                self._costs[0] = measure_costs(contest.pipe, [task], self.settings, contest.progress)
+            if not self.costs:
+                self.costs.append(measure_costs(contest.pipe, [task], self.settings, contest.progress))
             reference = contest.tuning_reference(self.solver)
-            found = search_mask(contest.pipe, task, reference, self._costs[0], number, self.settings, contest.progress)
+            starts = starting_masks(self.costs[0], number)
+            found = search_mask(contest.pipe, task, reference, starts, self.settings, contest.progress)
         return scheduled(FixedSchedule(found.mask, self.settings.predictor), self.solver)
 
 
-class Field:
-    """All contestants for one contest, by name; they share one calibration, which is made when first needed."""
+def contestants(contest: Contest, search: SearchSettings) -> dict[str, Contestant]:
+    """Everybody by name, baselines first, ours last. Each remembers what it tried, for the next budget."""
+    everyone = [
+        FewerSteps("fewer Euler steps", "euler"),
+        FewerSteps("fewer second-order steps", "adams_bashforth2"),
+        *_libraries(contest),
+        *_rules(contest),
+        EvenSpacing("even spacing, reuse", "reuse"),
+        EvenSpacing("even spacing, forecast", "forecast"),
+        Searched("searched, reuse", "euler", replace(search, predictor="reuse")),
+        Searched("searched, forecast", "euler", search),
+        Searched("searched on the second-order run, forecast", "adams_bashforth2", search),
+    ]
+    return {contestant.name: contestant for contestant in everyone}
 
-    def __init__(self, contest: Contest, search: SearchSettings) -> None:
-        self.contest = contest
-        self.search = search
-        self._folder = tempfile.TemporaryDirectory()
 
-    def contestants(self) -> dict[str, Contestant]:
-        """Baselines first, ours last."""
-        everyone = [
-            FewerSteps("fewer Euler steps", "euler"),
-            FewerSteps("fewer second-order steps", "adams_bashforth2"),
-            *self._libraries(),
-            *self._rules(),
-            EvenSpacing("even spacing, reuse", "reuse"),
-            EvenSpacing("even spacing, forecast", "forecast"),
-            Searched("searched, reuse", "euler", replace(self.search, predictor="reuse")),
-            Searched("searched, forecast", "euler", self.search),
-            Searched("searched on the second-order run, forecast", "adams_bashforth2", self.search),
-        ]
-        return {contestant.name: contestant for contestant in everyone}
+def _rules(contest: Contest) -> list[Contestant]:
+    makers: dict[str, Callable[[float, PredictorName], StepCacheTechnique]] = {
+        "TeaCache": lambda threshold, how: TeaCache(threshold, how, contest.calibration_path),
+        "TeaCache, polynomial": lambda threshold, how: TeaCache(threshold, how, contest.calibration_path, "polynomial"),
+        "step table": lambda threshold, how: StepTable(threshold, contest.calibration_path, how),
+        "MagCache": lambda threshold, how: MagCache(threshold, contest.calibration_path, how, MAX_SKIPS, RETENTION),
+        "EasyCache": EasyCache,
+        "first block": FirstBlockCache,
+    }
 
-    @cached_property
-    def calibration(self) -> StepCalibration:
-        """What TeaCache, MagCache and the step table need, from one generation of each prompt."""
-        contest, run = self.contest, self.contest.run
-        generator = torch.Generator().manual_seed(contest.seed + 600_000)
-        return calibrate_step_cache(contest.pipe, run.prompts, run.steps, run.guidance, generator)
+    def rule(name: str, predictor: PredictorName, threshold: float) -> tuple[Scope, str]:
+        technique = makers[name](threshold, predictor)
+        return scope_of(technique), technique.describe()
 
-    @cached_property
-    def _path(self) -> str:
-        path = Path(self._folder.name) / "calibration.json"
-        self.calibration.save(path)
-        return str(path)
+    pairs = [(name, how) for name in makers for how in ("reuse", "forecast")]
+    return [Tuned(f"{name}, {how}", partial(rule, name, how)) for name, how in pairs]
 
-    def _rules(self) -> list[Contestant]:
-        makers: dict[str, Callable[[float, PredictorName], StepCacheTechnique]] = {
-            "TeaCache": lambda threshold, how: TeaCache(threshold, how, self._path),
-            "TeaCache, polynomial": lambda threshold, how: TeaCache(threshold, how, self._path, "polynomial"),
-            "step table": lambda threshold, how: StepTable(threshold, self._path, how),
-            "MagCache": lambda threshold, how: MagCache(threshold, self._path, how, MAX_SKIPS, RETENTION),
-            "EasyCache": EasyCache,
-            "first block": FirstBlockCache,
-        }
 
-        def rule(name: str, predictor: PredictorName, threshold: float) -> tuple[Scope, str]:
-            technique = makers[name](threshold, predictor)
-            return scope_of(technique), technique.describe()
+def _libraries(contest: Contest) -> list[Contestant]:
+    steps, two_passes = contest.run.steps, contest.run.guidance > 1
 
-        pairs = [(name, how) for name in makers for how in ("reuse", "forecast")]
-        return [Tuned(f"{name}, {how}", partial(rule, name, how)) for name, how in pairs]
-
-    def _libraries(self) -> list[Contestant]:
-        steps, two_passes = self.contest.run.steps, self.contest.run.guidance > 1
-
-        def mag(threshold: float) -> tuple[Scope, str]:
-            cache = mag_cache(threshold, self.calibration.magnitude_ratios, MAX_SKIPS, RETENTION)
+    def by_threshold(name: str, make: Callable[[float], DiffusersCache | CacheDit]) -> Tuned:
+        def scope(threshold: float) -> tuple[Scope, str]:
+            cache = make(threshold)
             return cache.on, cache.describe()
 
-        def block(threshold: float) -> tuple[Scope, str]:
-            cache = first_block(threshold)
-            return cache.on, cache.describe()
+        return Tuned(name, scope, "another library")
 
-        def dual_block(order: int | None, threshold: float) -> tuple[Scope, str]:
-            cache = CacheDit(steps, two_passes, threshold, order=order)
-            return cache.on, cache.describe()
+    def attention(make: Callable[[int], DiffusersCache], budget: int) -> list[Setting]:
+        return [Setting(cache.describe(), steps, scope=cache.on) for cache in map(make, (2, 3, 4, 8, 16))]
 
-        def attention(make: Callable[[int], object], budget: int) -> list[Setting]:
-            return [Setting(cache.describe(), steps, scope=cache.on) for cache in map(make, (2, 3, 4, 8, 16))]
-
-        library: Group = "another library"
-        return [
-            Tuned("diffusers FirstBlockCache", block, library),
-            Tuned("diffusers MagCache", mag, library),
-            Chosen("diffusers TaylorSeer", partial(_taylor_settings, steps)),
-            Chosen("diffusers PyramidAttentionBroadcast", partial(attention, pyramid_attention)),
-            Chosen("diffusers FasterCache", partial(attention, faster_cache)),
-            Tuned("cache-dit", partial(dual_block, None), library),
-            Tuned("cache-dit, TaylorSeer", partial(dual_block, 1), library),
-        ]
+    return [
+        by_threshold("diffusers FirstBlockCache", first_block),
+        by_threshold(
+            "diffusers MagCache",
+            lambda threshold: mag_cache(threshold, contest.calibration.magnitude_ratios, MAX_SKIPS, RETENTION),
+        ),
+        Chosen("diffusers TaylorSeer", partial(_taylor_settings, steps, "euler")),
+        Chosen("diffusers TaylorSeer on the second-order run", partial(_taylor_settings, steps, "adams_bashforth2")),
+        Chosen("diffusers PyramidAttentionBroadcast", partial(attention, pyramid_attention)),
+        Chosen("diffusers FasterCache", partial(attention, faster_cache)),
+        by_threshold("cache-dit", partial(CacheDit, steps, two_passes)),
+        by_threshold("cache-dit, TaylorSeer", partial(CacheDit, steps, two_passes, order=1)),
+    ]
 
 
-def _taylor_settings(steps: int, budget: int) -> list[Setting]:
+def _taylor_settings(steps: int, solver: Solver, budget: int) -> list[Setting]:
     """Light TaylorSeer of orders 1 and 2: for each start, the two shortest intervals that can keep the budget."""
     found = []
     for first in (2, 3, 5):
         counts = {every: _taylor_steps(steps, every, first) for every in range(2, steps)}
         fitting = [every for every, number in counts.items() if number <= budget][:2]
         found += [taylor_seer(every, first, order) for every in fitting for order in (1, 2)]
-    return [Setting(cache.describe(), steps, scope=cache.on) for cache in found]
+    return [Setting(cache.describe(), steps, solver, cache.on) for cache in found]
 
 
 def _taylor_steps(steps: int, every: int, first: int) -> int:

@@ -32,7 +32,7 @@ from diffusion_opt.kernels.dense import KERNEL_TYPES, dense_attention
 from diffusion_opt.kernels.fp4_attention import fp4_attention
 from diffusion_opt.kernels.fp8_attention import fp8_attention
 from diffusion_opt.kernels.int8_attention import int8_attention
-from diffusion_opt.kernels.launch import LAUNCH, launch
+from diffusion_opt.kernels.launch import launch, row_of
 from diffusion_opt.kernels.masks import BlockMask
 from diffusion_opt.kernels.reference.dense import Mask, fast_attention
 from diffusion_opt.kernels.region import Region
@@ -46,6 +46,11 @@ LOW_PRECISION: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "int8-fp8": ("int8_scores_fp8_values", partial(int8_attention, granularity="thread", values_in="fp8")),
     "fp8": ("fp8_scores_fp8_values", fp8_attention),
     "nvfp4": ("fp4_forward", fp4_attention),
+}
+BACKWARD = {  # row of the forward kernel -> rows of the kernels of its gradient
+    "dense_forward": ("dense_keys", "dense_queries"),
+    "fp4_forward": ("fp4_keys", "fp4_queries"),
+    "block_sparse_forward": ("block_sparse_keys", "block_sparse_queries"),
 }
 
 
@@ -129,7 +134,7 @@ def choose(
     if precision == "dense":
         return _dense(q, k, v, mask, scale)
     row, operation = LOW_PRECISION[precision]
-    body = "its PyTorch reference" if runtime.mode(q) == "reference" else _kernel(q, row)
+    body = "its PyTorch reference" if runtime.mode(q) == "reference" else _kernel(q, k, v, mask, row)
     return Choice(partial(operation, q, k, v, mask, scale), f"{precision} attention", body, _place(q))
 
 
@@ -139,7 +144,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float | No
     if runtime.mode(q) == "reference":
         return Choice(kernel, operation, SDPA, _place(q))
     try:
-        return Choice(kernel, operation, _kernel(q, "dense_forward"), _place(q))
+        return Choice(kernel, operation, _kernel(q, k, v, mask, "dense_forward"), _place(q))
     except ValueError as obstacle:
         return Choice(partial(fast_attention, q, k, v, mask, scale), operation, SDPA, str(obstacle))
 
@@ -161,19 +166,21 @@ def _sparse(
     else:
         row, operation, run = "region", "region attention", sparsity.region.attention
         call = partial(run, q, k, v, sparsity.k_cache, sparsity.v_cache, sparsity.tiles, scale)
-    body = "its PyTorch reference" if runtime.mode(q) == "reference" else _kernel(q, row)
+    body = "its PyTorch reference" if runtime.mode(q) == "reference" else _kernel(q, k, v, None, row)
     return Choice(lambda: call()[0], operation, body, _place(q))
 
 
-def _kernel(q: Tensor, row: str) -> str:
-    """The kernel behind a row of the launch table, in words; float32 may have a row of its own.
+def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, row: str) -> str:
+    """The kernel behind a row of the launch table, in words.
 
-    Raises ValueError if the kernel cannot take q.
+    Raises ValueError if the kernel cannot take q, or if autograd would ask for a gradient that no kernel computes.
     """
     if q.dtype not in KERNEL_TYPES:
         raise ValueError(f"kernels compute in float16, bfloat16 or float32, and q is {_name(q.dtype)}")
-    arch, wide = runtime.architecture(q.device), f"{row}_fp32"
-    launch(wide if q.dtype == torch.float32 and wide in LAUNCH else row, arch, q.shape[-1])
+    arch = runtime.architecture(q.device)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    for kernel in (row, *(BACKWARD.get(row, ()) if trains else ())):
+        launch(row_of(kernel, q.dtype, mask is not None), arch, q.shape[-1])
     return "an interpreted Triton kernel" if runtime.mode(q) == "interpret" else f"a Triton kernel for sm_{arch}"
 
 

@@ -25,8 +25,8 @@ from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.block_sparse_forward import CASES, sparse_case
 from diffusion_opt.kernels.compile_cases import CompileCase
 from diffusion_opt.kernels.dense_backward import PREPARED_ROWS, prepare_kernel
-from diffusion_opt.kernels.dense_forward import load_rows, precision, row_of
-from diffusion_opt.kernels.launch import launch, padded_head_dim
+from diffusion_opt.kernels.dense_forward import load_rows, precision
+from diffusion_opt.kernels.launch import launch, padded_head_dim, row_of
 from diffusion_opt.kernels.masks import BlockMask
 from diffusion_opt.kernels.softmax_tiles import fitted, real_keys, softmax_again, store_rows
 
@@ -81,7 +81,7 @@ def sparse_keys_kernel(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, TAIL: tl.constexpr, QUERY_TAIL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one block of keys; the lists are the transposed ones."""
+    """dK and dV of one block of keys, by the transposed lists; tiles are transposed too: weights stay in registers."""
     num_tiles = tl.cdiv(num_keys, BLOCK_N)
     tile = tl.program_id(0) % num_tiles
     start = tile * BLOCK_N
@@ -107,10 +107,12 @@ def sparse_keys_kernel(
         grad_out = load_rows(GRAD_OUT, first, rows, dims, stride_gl, stride_gd, num_queries, HEAD_DIM, QUERY_TAIL)
         lse = tl.load(LSE2 + first + rows, mask=inside, other=float("inf"))
         delta = tl.load(DELTA + first + rows, mask=inside, other=0.0)
-        weights = softmax_again(q, k, lse, real, scale, BLOCK_N, PRECISION, TAIL)
-        grad_v = tl.dot(tl.trans(weights.to(grad_out.dtype)), grad_out, grad_v, input_precision=PRECISION)
-        grad_scores = weights * (tl.dot(grad_out, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        grad_k = tl.dot(tl.trans(grad_scores.to(q.dtype)), q, grad_k, input_precision=PRECISION)
+        weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])
+        if TAIL:
+            weights = tl.where((keys < real)[:, None], weights, 0.0)
+        grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
+        grad_scores = weights * (tl.dot(v, tl.trans(grad_out), input_precision=PRECISION) - delta[None, :])
+        grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
     GRAD_K += b * stride_ob + h * stride_oh
     GRAD_V += b * stride_pb + h * stride_ph
     store_rows(GRAD_K, start, keys, dims, stride_ol, stride_od, num_keys, grad_k * sigma, HEAD_DIM)
@@ -144,9 +146,9 @@ def _walk(name: str, kernel: Any, inputs: tuple, outputs: tuple, mask: BlockMask
     q, k, v, grad_out = inputs[:4]
     (b, h, lq, d), lk = q.shape, k.shape[2]
     choice = launch(row_of(name, q.dtype), runtime.architecture(q.device), d)
-    choice = fitted(choice, mask.block_m, mask.block_n)
-    lists = mask.refined(choice.block_m, choice.block_n)
     by_query = kernel is sparse_queries_kernel
+    choice = fitted(choice, mask.block_m, mask.block_n, owns_keys=not by_query)
+    lists = mask.refined(choice.block_m, choice.block_n)
     owned = lists if by_query else lists.transposed()
     num_tiles = triton.cdiv(lq, choice.block_m) if by_query else triton.cdiv(lk, choice.block_n)
     indices, counts, _, *numbers = owned.arguments()

@@ -20,16 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.compile_cases import CompileCase
+from diffusion_opt.kernels.compile_cases import CompileCase, sampled
 from diffusion_opt.kernels.dense_forward import (
     OPCODES,
     ROWS_OF_A_GROUP,
     TRITON_TYPES,
     load_rows,
     precision,
-    row_of,
 )
-from diffusion_opt.kernels.launch import ARCHITECTURES, launch, padded_head_dim
+from diffusion_opt.kernels.launch import chosen, launch, padded_head_dim, row_of
 from diffusion_opt.kernels.masks import BlockMask
 from diffusion_opt.kernels.softmax_tiles import finish_softmax, fitted, real_keys, softmax_step, store_rows
 
@@ -123,10 +122,10 @@ def sparse_case(
             types[argument] = POINTERS.get(argument, f"*{TRITON_TYPES[dtype]}")
     types |= {argument: "fp32" for argument in ("scale", "sigma") if argument in types}
     unaligned = ("num_heads", "list_b", "list_h", "most", "scale", "sigma")
-    choices = {arch: fitted(launch(row_of(name, dtype), arch, head_dim), block, block) for arch in ARCHITECTURES}
-    owned = {
-        arch: choice.block_n if name == "block_sparse_keys" else choice.block_m for arch, choice in choices.items()
-    }
+    by_keys = name == "block_sparse_keys"
+    choices = sampled(chosen(row_of(name, dtype), head_dim), (dtype, head_dim) == (torch.bfloat16, 128))
+    choices = {arch: fitted(choice, block, block, by_keys) for arch, choice in choices.items()}
+    owned = {arch: choice.block_n if by_keys else choice.block_m for arch, choice in choices.items()}
     flops = flops_per_dim * padded_head_dim(head_dim)
     return CompileCase(
         name=f"{name.replace('_', ' ')} {TRITON_TYPES[dtype]} d{head_dim} blocks of {block}",

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 
 from diffusion_opt.kernels.launch import ARCHITECTURES, LaunchConfig
 
+SAMPLED = (90, 120)  # where variants are compiled: Hopper, and single warps with the least shared memory
 OPERANDS = ("fp32", "tf32", "bf16", "fp16", "int8", "fp8", "fp4")
 MODULES = (  # the modules of this room that have kernels
     "dense_forward",
@@ -81,6 +82,15 @@ class CompileCase:
         """All constexpr values for an architecture, tiles included."""
         choice = self.launch[arch]
         return {**self.constexprs, **dict(zip(self.tiles, (choice.block_m, choice.block_n), strict=False))}
+
+
+def sampled(choices: Mapping[int, LaunchConfig], everywhere: bool) -> dict[int, LaunchConfig]:
+    """Launch choices that the gate compiles: all of them, or for a variant those of `SAMPLED`.
+
+    Real models have bfloat16 heads of 128, which are compiled for every architecture. A variant (another head
+    dimension or type, a mask) mostly repeats what they show, at a second of compiler time each.
+    """
+    return {arch: choice for arch, choice in choices.items() if everywhere or arch in SAMPLED}
 
 
 def all_cases() -> tuple[CompileCase, ...]:

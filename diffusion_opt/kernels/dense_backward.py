@@ -26,13 +26,12 @@ from diffusion_opt.kernels.compile_cases import CompileCase
 from diffusion_opt.kernels.dense_forward import (
     CASES,
     dense_case,
-    dense_row,
     kernel_mask,
     load_rows,
     masked_scores,
     precision,
 )
-from diffusion_opt.kernels.launch import launch, padded_head_dim
+from diffusion_opt.kernels.launch import launch, padded_head_dim, row_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PREPARED_ROWS = 64  # a pass over memory: the tile hardly matters
@@ -235,7 +234,7 @@ def backward(
     numbers = (scale / math.log(2), scale, h, lq, lk)
     strides = (*q.stride(), *k.stride(), *v.stride(), *mask_strides, *grad_out.stride())
     for name, kernel, results in (("keys", keys_kernel, grads[1:]), ("queries", queries_kernel, grads[:1])):
-        choice = launch(dense_row(f"dense_{name}", q.dtype, kind), arch, d)
+        choice = launch(row_of(f"dense_{name}", q.dtype, kind != "none"), arch, d)
         num_tiles = triton.cdiv(lk, choice.block_n) if name == "keys" else triton.cdiv(lq, choice.block_m)
         runtime.run(
             kernel,

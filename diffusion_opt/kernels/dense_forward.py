@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.compile_cases import CompileCase
-from diffusion_opt.kernels.launch import ARCHITECTURES, launch, padded_head_dim
+from diffusion_opt.kernels.compile_cases import CompileCase, sampled
+from diffusion_opt.kernels.launch import chosen, launch, padded_head_dim, row_of
 from diffusion_opt.kernels.reference.dense import CLOSED_BELOW
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -157,16 +157,6 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def row_of(kernel: str, dtype: torch.dtype) -> str:
-    """The launch table's name of a dense kernel for a dtype: float32 has its own rows."""
-    return f"{kernel}_fp32" if dtype == torch.float32 else kernel
-
-
-def dense_row(kernel: str, dtype: torch.dtype, kind: str) -> str:
-    """As `row_of`; a mask in 16 bits has its own rows too, because its tile takes registers and shared memory."""
-    return f"{kernel}_masked" if kind != "none" and dtype != torch.float32 else row_of(kernel, dtype)
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Launch the kernel: output with the strides of `q` where it can have them, lse (b, h, lq) in float32."""
     b, h, lq, d = q.shape
@@ -174,7 +164,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     if out.numel() == 0:
         return out, lse
     kind, mask, mask_strides = kernel_mask(mask, q)
-    choice = launch(dense_row("dense_forward", q.dtype, kind), runtime.architecture(q.device), d)
+    choice = launch(row_of("dense_forward", q.dtype, kind != "none"), runtime.architecture(q.device), d)
     runtime.run(
         forward_kernel,
         (triton.cdiv(lq, choice.block_m) * b * h,),
@@ -239,7 +229,8 @@ def dense_case(name: str, kernel: Any, dtype: torch.dtype, head_dim: int, kind: 
     aligned = [argument for argument, type_ in types.items() if type_ == "i32" and argument != "num_heads"]
     aligned += [argument for argument, type_ in types.items() if type_.startswith("*")]
     mask = "" if kind == "none" else f" {kind} mask"
-    choices = {arch: launch(dense_row(name, dtype, kind), arch, head_dim) for arch in ARCHITECTURES}
+    everywhere = dtype == torch.bfloat16 and head_dim in (64, 128) and kind == "none"
+    choices = sampled(chosen(row_of(name, dtype, kind != "none"), head_dim), everywhere)
     owned = {arch: choice.block_n if name == "dense_keys" else choice.block_m for arch, choice in choices.items()}
     flops = flops_per_dim * padded_head_dim(head_dim)
     return CompileCase(

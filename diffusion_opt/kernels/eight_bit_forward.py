@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.compile_cases import CompileCase
+from diffusion_opt.kernels.compile_cases import CompileCase, sampled
 from diffusion_opt.kernels.dense_forward import kernel_mask, load_rows, masked_scores
-from diffusion_opt.kernels.launch import LAUNCH, launch, padded_head_dim
+from diffusion_opt.kernels.launch import chosen, launch, padded_head_dim
 from diffusion_opt.kernels.reference.formats import E4M3_MAX
 from diffusion_opt.kernels.reference.quantize import KEY_GROUPS, QUERY_GROUPS
 
@@ -222,6 +222,7 @@ def signature(codes: torch.dtype, values_in: str, kind: str) -> dict[str, str]:
     }
     types |= dict.fromkeys(("Q_SCALES", "K_SCALES", "V_SCALES", "LSE"), "*fp32") | {"scale": "fp32"}
     ones = ["stride_qd", "stride_kd", "stride_vl" if values_in == "fp8" else "stride_vd", "stride_od"]
+    ones += [] if kind == "none" else ["stride_mk"]
     types |= dict.fromkeys([*constants(64, "block", values_in, kind), "BLOCK_M", "BLOCK_N", *ones], "constexpr")
     return {name: types.get(name, "i32") for name in eight_bit_kernel.arg_names}
 
@@ -232,7 +233,7 @@ def compile_case(codes: torch.dtype, head_dim: int, granularity: str, values_in:
     ones = [name for name, type_ in types.items() if type_ == "constexpr" and name.startswith("stride")]
     uneven = ("num_heads", "num_q_scales", "num_k_scales")
     aligned = [name for name, type_ in types.items() if type_[0] == "*" or (type_ == "i32" and name not in uneven)]
-    row = LAUNCH[row_of(codes, values_in, kind)]
+    row = sampled(chosen(row_of(codes, values_in, kind), head_dim), head_dim == 128 and kind == "none")
     first, second = INTEGER_UNITS if codes == torch.int8 else FP8_UNITS, FP8_UNITS if values_in == "fp8" else HALF_UNITS
     scores = "int8" if codes == torch.int8 else "fp8"
     values = "fp8" if values_in == "fp8" else "fp16"
@@ -244,7 +245,7 @@ def compile_case(codes: torch.dtype, head_dim: int, granularity: str, values_in:
         signature=types,
         constexprs={**given, **dict.fromkeys(ones, 1)},
         divisible=tuple(aligned),
-        launch={arch: by_dim[padded_head_dim(head_dim)] for arch, by_dim in row.items()},
+        launch=row,
         opcodes={arch: tuple(dict.fromkeys((*first[arch], *second[arch]))) for arch in row},
         loop_flops=flops,
         loop_exps=1,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.compile_cases import CompileCase
-from diffusion_opt.kernels.dense_forward import kernel_mask, load_rows, row_of
+from diffusion_opt.kernels.dense_forward import kernel_mask, load_rows
 from diffusion_opt.kernels.fp4_forward import (
     CASES,
     KEY_TILE,
@@ -31,7 +31,7 @@ from diffusion_opt.kernels.fp4_forward import (
     scores_of_tile,
     shape_constants,
 )
-from diffusion_opt.kernels.launch import launch
+from diffusion_opt.kernels.launch import launch, row_of
 from diffusion_opt.kernels.reference.fp4 import Fp4Operands
 from diffusion_opt.kernels.reference.quantize import KEY_BLOCK
 from diffusion_opt.kernels.rounding import NVFP4_MAX
@@ -156,11 +156,11 @@ def backward(
     others = (x.k, x.k_scales, x.v, x.v_scales, given_back, mask, grad_out, lse2, delta)
     numbers = (scale / math.log(2), scale, h, lq, lk, *mask_strides, *grad_out.stride())
     shape = shape_constants(d, kind, x.given_back is not None, x.q.dtype)
-    choice = launch(row_of("fp4_keys", x.q.dtype), arch, d)
+    choice = launch(row_of("fp4_keys", x.q.dtype, kind != "none"), arch, d)
     tuning = {"BLOCK_M": choice.block_m, "num_warps": choice.num_warps, "num_stages": choice.num_stages}
     grid = (triton.cdiv(lk, KEY_BLOCK) * b * h,)
     runtime.run(keys_kernel, grid, *queries, mean, *others, *grads[1:], *numbers, **shape, **tuning)
-    choice = launch(row_of("fp4_queries", x.q.dtype), arch, d)
+    choice = launch(row_of("fp4_queries", x.q.dtype, kind != "none"), arch, d)
     tuning = {"BLOCK_M": choice.block_m, "num_warps": choice.num_warps, "num_stages": choice.num_stages}
     grid = (triton.cdiv(lq, choice.block_m) * b * h,)
     runtime.run(queries_kernel, grid, *queries, *others, grads[0], *numbers, **shape, **tuning)

@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.compile_cases import CompileCase
-from diffusion_opt.kernels.dense_forward import OPCODES, kernel_mask, load_rows, masked_scores, precision, row_of
-from diffusion_opt.kernels.launch import LAUNCH, launch, padded_head_dim
+from diffusion_opt.kernels.compile_cases import CompileCase, sampled
+from diffusion_opt.kernels.dense_forward import OPCODES, kernel_mask, load_rows, masked_scores, precision
+from diffusion_opt.kernels.launch import chosen, launch, padded_head_dim, row_of
 from diffusion_opt.kernels.reference import quantize
 from diffusion_opt.kernels.reference.fp4 import Fp4Operands
 from diffusion_opt.kernels.rounding import E2M1_MAX, E4M3_MIN, NVFP4_BLOCK, NVFP4_MAX, round_e2m1, round_positive_e4m3
@@ -147,7 +147,7 @@ def forward(x: Fp4Operands, mask: Tensor | None, scale: float, out: Tensor, out_
     b, h, lq, d = x.q.shape
     lse = torch.empty(b, h, lq, dtype=torch.float32, device=x.q.device)
     kind, mask, mask_strides = kernel_mask(mask, x.q)
-    choice = launch(row_of("fp4_forward", x.q.dtype), runtime.architecture(x.q.device), d)
+    choice = launch(row_of("fp4_forward", x.q.dtype, kind != "none"), runtime.architecture(x.q.device), d)
     runtime.run(
         fp4_forward_kernel,
         (triton.cdiv(lq, choice.block_m) * b * h,),
@@ -178,6 +178,7 @@ def fp4_case(
     """An FP4 kernel as a training step on smoothed q and k launches it; `own` are its own constants."""
     given = {**shape_constants(head_dim, kind, True, dtype), **own}
     ones = [argument for argument in ("stride_od", "stride_gd") if argument in kernel.arg_names]
+    ones += [] if kind == "none" else ["stride_mk"]
     types = {
         "MASK": {"none": TRITON_TYPES[dtype], "bool": "*u8", "bias": "*fp32"}[kind],
         "scale": "fp32",
@@ -191,13 +192,14 @@ def fp4_case(
     numbers = "fp32" if dtype == torch.float32 else "bf16"
     units = {} if dtype == torch.float32 else OPCODES
     mask = "" if kind == "none" else f" {kind} mask"
+    everywhere = (dtype, head_dim, kind) == (torch.bfloat16, 128, "none")
     return CompileCase(
         name=f"{name.replace('_', ' ')} {numbers} d{head_dim}{mask}",
         kernel=kernel,
         signature=types,
         constexprs={**given, **dict.fromkeys(ones, 1)},
         divisible=tuple(aligned),
-        launch={arch: by_dim[padded_head_dim(head_dim)] for arch, by_dim in LAUNCH[row_of(name, dtype)].items()},
+        launch=sampled(chosen(row_of(name, dtype, kind != "none"), head_dim), everywhere),
         opcodes=units,
         loop_flops={numbers: flops_per_dim * head_dim},
         loop_exps=1,

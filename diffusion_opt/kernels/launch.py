@@ -13,6 +13,8 @@ have their own rows. A kernel family adds its rows to `LAUNCH` under its own nam
 
 from dataclasses import dataclass
 
+import torch
+
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability x 10: A100, 4090/L40, H100/H200, B200, 5090
 HEAD_DIMS = (16, 32, 64, 128, 256)  # what a head dimension is padded to: matrix units take powers of two from 16
 
@@ -59,14 +61,14 @@ DENSE_FORWARD = {
 DENSE_KEYS = {
     80: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
     89: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
-    90: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 32, 8, 1)),
+    90: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(16, 64, 8, 2)),
     100: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 64, 8, 2)),
     120: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
 }
 DENSE_QUERIES = {
     80: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2), LaunchConfig(64, 64, 8, 2)),
     89: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2), LaunchConfig(64, 32, 8, 1)),
-    90: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 64, 8, 2)),
+    90: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2)),
     100: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 64, 8, 2)),
     120: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2), LaunchConfig(64, 32, 8, 1)),
 }
@@ -74,20 +76,21 @@ DENSE_QUERIES = {
 DENSE_FORWARD_MASKED = {
     80: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
     89: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
-    90: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 8, 2)),
+    90: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 4, 2)),
     100: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 8, 2)),
     120: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
 }
 DENSE_KEYS_MASKED = {
     80: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
     89: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
-    90: heads(LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
+    90: heads(LaunchConfig(32, 128, 8, 2), LaunchConfig(32, 128, 8, 2), LaunchConfig(16, 32, 8, 1)),
     100: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(16, 32, 8, 1)),
     120: heads(LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
 }
-DENSE_QUERIES_MASKED = same_everywhere(
-    heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 16, 8, 1))
-)
+DENSE_QUERIES_MASKED = {
+    **same_everywhere(heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 16, 8, 1))),
+    90: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 16, 4, 2)),
+}
 # float32 is three products of TF32 with operands twice as large: small tiles, or thousands of spills.
 # Backward, the smallest tiles still spill a few registers for heads of 128 on sm_120, and of 256 everywhere.
 DENSE_FORWARD_FP32 = {
@@ -101,17 +104,17 @@ DENSE_BACKWARD_FP32 = same_everywhere(
 # Block-sparse and region attention. Masks have blocks of 64 or 128, mostly: larger tiles would never be used.
 SPARSE_FORWARD = {
     **same_everywhere(heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 8, 2))),
-    90: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 8, 2)),
+    90: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 4, 2)),
     100: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 8, 1)),
 }
 SPARSE_QUERIES = {
     **same_everywhere(heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 32, 8, 1))),
-    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2)),
+    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 32, 4, 2)),
     100: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 1)),
 }
 SPARSE_KEYS = {
     **same_everywhere(heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 32, 8, 1))),
-    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1)),
+    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(32, 128, 8, 2), LaunchConfig(16, 64, 8, 2)),
     100: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 1)),
     120: heads(LaunchConfig(32, 64, 4, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 32, 8, 1)),
 }
@@ -124,19 +127,24 @@ SPARSE_BACKWARD_FP32 = same_everywhere(
     heads(LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 32, 8, 1), LaunchConfig(16, 16, 8, 1))
 )
 
-EIGHT_BIT_START = {
-    **dict.fromkeys((16, 32, 64), LaunchConfig(128, 64, 8, 3)),
-    128: LaunchConfig(128, 64, 8, 3),
+EIGHT_BIT = {
+    **dict.fromkeys((16, 32, 64, 128), LaunchConfig(128, 64, 8, 3)),
     256: LaunchConfig(64, 64, 8, 2),
 }
-EIGHT_BIT_MASKED_START = dict.fromkeys(HEAD_DIMS, LaunchConfig(64, 64, 8, 2))
-INT8_SCORES_FP16_VALUES = same_everywhere(EIGHT_BIT_START)
-INT8_SCORES_FP16_VALUES_MASKED = same_everywhere(EIGHT_BIT_MASKED_START)
-FP8_SCORES = dict.fromkeys((89, 90, 100, 120), EIGHT_BIT_START)  # e4m3 does not exist on sm_80
-INT8_SCORES_FP8_VALUES = {**FP8_SCORES, 120: {**EIGHT_BIT_START, 128: LaunchConfig(64, 64, 4, 3)}}
-EIGHT_BIT_MASKED_SMALL = {**EIGHT_BIT_MASKED_START, 128: LaunchConfig(64, 32, 8, 2)}
+EIGHT_BIT_HOPPER = {**EIGHT_BIT, 256: LaunchConfig(64, 64, 4, 2)}
+EIGHT_BIT_MASKED = dict.fromkeys(HEAD_DIMS, LaunchConfig(64, 64, 8, 2))
+EIGHT_BIT_MASKED_HOPPER = {
+    **dict.fromkeys((16, 32, 64, 128), LaunchConfig(64, 64, 4, 2)),
+    256: LaunchConfig(64, 32, 4, 2),
+}
+EIGHT_BIT_MASKED_SMALL = {**EIGHT_BIT_MASKED, 128: LaunchConfig(64, 32, 8, 2)}
+INT8_SCORES_FP16_VALUES = {**same_everywhere(EIGHT_BIT), 90: EIGHT_BIT_HOPPER}
+INT8_SCORES_FP16_VALUES_MASKED = {**same_everywhere(EIGHT_BIT_MASKED), 90: EIGHT_BIT_MASKED_HOPPER}
+FP8_SCORES = {**dict.fromkeys((89, 100, 120), EIGHT_BIT), 90: EIGHT_BIT_HOPPER}  # e4m3 does not exist on sm_80
+INT8_SCORES_FP8_VALUES = {**FP8_SCORES, 120: {**EIGHT_BIT, 128: LaunchConfig(64, 64, 4, 3)}}
 FP8_VALUES_MASKED = {
-    **dict.fromkeys((89, 90), EIGHT_BIT_MASKED_START),
+    89: EIGHT_BIT_MASKED,
+    90: EIGHT_BIT_MASKED_HOPPER,
     **dict.fromkeys((100, 120), EIGHT_BIT_MASKED_SMALL),
 }
 # FP4 weights are rounded in tiles of 64 keys: that tile is part of the number format and no choice.
@@ -147,8 +155,14 @@ FP4_START = {
     256: LaunchConfig(32, 64, 8, 1),
 }
 FP4_FORWARD = {**dict.fromkeys((80, 89, 90, 100), FP4_START), 120: FP4_SMALL}
-FP4_QUERIES = same_everywhere({**FP4_START, 128: LaunchConfig(64, 64, 8, 1)})
-FP4_KEYS = same_everywhere(FP4_SMALL)
+FP4_QUERIES = {
+    **same_everywhere({**FP4_START, 128: LaunchConfig(64, 64, 8, 1)}),
+    90: {**FP4_START, 128: LaunchConfig(128, 64, 8, 1)},
+}
+FP4_KEYS = {
+    **same_everywhere(FP4_SMALL),
+    90: {**FP4_SMALL, **dict.fromkeys((16, 32, 64), LaunchConfig(64, 64, 4, 1))},
+}
 FP4_FP32 = same_everywhere(
     {
         **dict.fromkeys((16, 32, 64), LaunchConfig(32, 64, 8, 1)),
@@ -200,10 +214,24 @@ LAUNCH: dict[str, dict[int, dict[int, LaunchConfig]]] = {
 }
 
 
+def row_of(kernel: str, dtype: torch.dtype, masked: bool = False) -> str:
+    """The table's name of a kernel: float32 has rows of its own, and in fewer bits a mask, where the table has them."""
+    own = (f"{kernel}_fp32",) if dtype == torch.float32 else ()
+    own += (f"{kernel}_masked",) if masked else ()
+    return next((name for name in own if name in LAUNCH), kernel)
+
+
+def chosen(kernel: str, head_dim: int) -> dict[int, LaunchConfig]:
+    """The table's choices for a kernel and a head dimension, by architecture; one without a choice is absent."""
+    padded = padded_head_dim(head_dim)
+    return {arch: by_dim[padded] for arch, by_dim in LAUNCH[kernel].items() if padded in by_dim}
+
+
 def launch(kernel: str, arch: int, head_dim: int) -> LaunchConfig:
     """The table's choice for a kernel on an architecture (80, 89, 90, 100, 120) at a head dimension (1 to 256).
 
-    Raises ValueError if the kernel has no row, or none for this architecture (e4m3 does not exist on sm_80, say).
+    Raises ValueError if the kernel has no row, none for this architecture (e4m3 does not exist on sm_80, say), or none
+    for heads of this size (every tile spills registers).
     """
     if kernel not in LAUNCH:
         raise ValueError(f"no kernel named {kernel!r} in the launch table; it has {', '.join(sorted(LAUNCH))}")
@@ -212,5 +240,8 @@ def launch(kernel: str, arch: int, head_dim: int) -> LaunchConfig:
         raise ValueError(f"kernel {kernel!r} has no launch choice for sm_{arch}; it runs on {supported}")
     padded = padded_head_dim(head_dim)
     if padded not in LAUNCH[kernel][arch]:
-        raise ValueError(f"kernel {kernel!r} on sm_{arch} has no choice for heads of {padded} numbers")
+        raise ValueError(
+            f"kernel {kernel!r} on sm_{arch} has no choice for heads of {padded} numbers: no tile of it fits in the "
+            "registers there"
+        )
     return LAUNCH[kernel][arch][padded]

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.compile_cases import CompileCase
+from diffusion_opt.kernels.compile_cases import CompileCase, sampled
 from diffusion_opt.kernels.dense_forward import load_rows
 from diffusion_opt.kernels.launch import ARCHITECTURES, LaunchConfig, padded_head_dim
 from diffusion_opt.kernels.quantize_kernels import (
@@ -223,7 +223,7 @@ def _case(
         signature=types,
         constexprs={**own, **dict.fromkeys(ones, 1)},
         divisible=tuple(a for a, kind in types.items() if kind[0] == "*" or (kind == "i32" and a not in uneven)),
-        launch={arch: choice for arch in ARCHITECTURES if arch >= oldest},
+        launch=sampled({arch: choice for arch in ARCHITECTURES if arch >= oldest}, everywhere=False),
         tiles=("BLOCK_M",),
     )
 

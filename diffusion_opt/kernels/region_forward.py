@@ -21,8 +21,8 @@ from torch import Tensor
 from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.block_sparse_forward import sparse_case
 from diffusion_opt.kernels.compile_cases import CompileCase
-from diffusion_opt.kernels.dense_forward import load_rows, precision, row_of
-from diffusion_opt.kernels.launch import launch, padded_head_dim
+from diffusion_opt.kernels.dense_forward import load_rows, precision
+from diffusion_opt.kernels.launch import launch, padded_head_dim, row_of
 from diffusion_opt.kernels.masks import BlockMask
 from diffusion_opt.kernels.softmax_tiles import finish_softmax, fitted, real_keys, softmax_step, store_rows
 

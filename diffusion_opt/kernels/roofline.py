@@ -24,7 +24,7 @@ for `benchmarks/attention.py` on a GPU. That exponentials and not matrix work ca
 of FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608).
 
 FLOP come from the case (`loop_flops`), instructions from the code. A compiler may unroll, so the passes of the source's
-loop in one pass of the machine's loop are found by comparing exponentials, or matrix work, with those of a tile.
+loop in one pass of the machine's loop are found by comparing exponentials and matrix work with those of a tile.
 """
 
 from collections.abc import Mapping
@@ -147,15 +147,17 @@ def unrolled(case: CompileCase, arch: int, loop: Loop) -> int:
     """How many passes of the source's loop one pass of the machine's loop makes, at least 1.
 
     By the exponentials where there are any: a tile has one for each element and a few more for the rescaling, so the
-    quotient is rounded down. Else by the matrix work, where the opcodes tell it, else 1.
+    quotient is rounded down. Warps that repeat each other's products repeat the exponentials too; but the matrix work,
+    where the opcodes tell it, is never less than needed, so there are at most as many passes as it suffices for.
     """
     choice = case.launch[arch]
     elements = choice.block_m * choice.block_n
+    bounds = []
     if case.loop_exps:
-        return max(1, int(loop.exponentials * WARP * choice.num_warps / (case.loop_exps * elements)))
+        bounds.append(int(loop.exponentials * WARP * choice.num_warps / (case.loop_exps * elements)))
     if loop.flops is not None:
-        return max(1, round(loop.flops * choice.num_warps / (sum(case.loop_flops.values()) * elements)))
-    return 1
+        bounds.append(int(loop.flops * choice.num_warps / (sum(case.loop_flops.values()) * elements)))
+    return max(1, min(bounds, default=1))
 
 
 def programs_per_multiprocessor(arch: int, registers: int, shared_bytes: int, num_warps: int) -> int:

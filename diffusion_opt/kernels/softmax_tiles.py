@@ -68,9 +68,10 @@ def store_rows(base, start, rows, dims, stride_row, stride_dim, end, tile, HEAD_
     tl.store(address, tile.to(base.dtype.element_ty), mask=(start + rows < end)[:, None] & (dims < HEAD_DIM)[None, :])
 
 
-def fitted(choice: LaunchConfig, block_m: int, block_n: int) -> LaunchConfig:
-    """The launch table's choice cut to tiles that divide blocks of `block_m` x `block_n`; fewer rows, fewer warps.
+def fitted(choice: LaunchConfig, block_m: int, block_n: int, owns_keys: bool = False) -> LaunchConfig:
+    """The launch table's choice cut to tiles that divide blocks of `block_m` x `block_n`.
 
+    With fewer rows of what a program owns, queries or keys, come fewer warps: four share an instruction of 64 rows.
     Raises ValueError if that leaves less than the 16 x 16 of matrix units.
     """
     tile_m, tile_n = gcd(choice.block_m, block_m), gcd(choice.block_n, block_n)
@@ -79,5 +80,5 @@ def fitted(choice: LaunchConfig, block_m: int, block_n: int) -> LaunchConfig:
             f"a mask with blocks of {block_m} x {block_n} cannot be cut into tiles for matrix units: its block sizes "
             f"must be multiples of {LANES}"
         )
-    num_warps = min(choice.num_warps, max(4, choice.num_warps * tile_m // choice.block_m))
-    return LaunchConfig(tile_m, tile_n, num_warps, choice.num_stages)
+    share = tile_n / choice.block_n if owns_keys else tile_m / choice.block_m
+    return LaunchConfig(tile_m, tile_n, min(choice.num_warps, max(4, int(choice.num_warps * share))), choice.num_stages)

@@ -155,6 +155,7 @@ class PassCost:
     time: float
 
 
+@torch.no_grad()
 def pass_costs(shares: Sequence[float], side: int, batch: int, rounds: int) -> dict[float, PassCost]:
     """Exact MACs and median time of a pass over each share of side x side tokens (hidden size 256, random weights)."""
     pipe = build_pipeline(TinyFlux2Config(image_size=PATCH * side, num_heads=4))

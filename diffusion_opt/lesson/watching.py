@@ -1,4 +1,4 @@
-"""Watch how the network's work changes from step to step, in the pairs of numbers that TeaCache is calibrated on.
+"""Watch how the network's work changes from step to step, also in the pairs that TeaCache is calibrated on.
 
     x = d(m_i, m_{i-1})     change of block 0's modulated input, known before the blocks run
     y = d(r_i, r_{i-1})     change of the residual of the stack, known after;   d(a, b) = mean|a - b| / mean|b|
@@ -6,7 +6,7 @@
 `caching.calibration` keeps only what it fits to them; a lesson wants to show the pairs themselves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -39,6 +39,12 @@ class _Watch:
 
     def end_generation(self) -> None:
         """The passes are kept for who asked for them."""
+
+
+def change_map(values: Sequence[Float[Tensor, "b *s"]]) -> Float[Tensor, "steps steps"]:
+    """How far the value of the step in each row is from that in each column, relative to the length of the latter."""
+    flat = torch.stack(list(values)).flatten(1)
+    return torch.stack([(flat - one).norm(dim=1) for one in flat]) / flat.norm(dim=1)
 
 
 def change_pairs(

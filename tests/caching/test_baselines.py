@@ -1,4 +1,4 @@
-"""Other libraries' caches: what runs, leaves no trace, and what does not run today, pinned so that an upgrade is noticed.
+"""Other libraries' caches: what runs leaves no trace, and what fails today is pinned so that an upgrade is noticed.
 
 A test marked xfail says what should be; it is strict, so the day a library repairs it the test fails and the mark goes.
 """

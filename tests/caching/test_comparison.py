@@ -1,6 +1,7 @@
 """The comparison is fair: one currency that adds up, budgets that are kept, judges that agree with themselves."""
 
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from diffusion_opt.caching import FixedSchedule
 from diffusion_opt.caching.baselines import CannotRunError
 from diffusion_opt.caching.comparison import Comparison, Line, compare, conclude, lines, timed_name
 from diffusion_opt.caching.contest import Contest, RunSettings, Setting, scheduled, uncached
-from diffusion_opt.caching.contestants import Chosen, Field, Tuned, _taylor_steps
+from diffusion_opt.caching.contestants import Chosen, Tuned, _taylor_steps, contestants
 from diffusion_opt.caching.schedule_search import SearchSettings, even_mask
 
-RUN = RunSettings(("0", "1", "2"), 8, 2.0)
-SEARCH = SearchSettings(trials=3, amplify_every=0, max_gap=6)
+RUN = RunSettings(("0", "1", "2"), 6, 2.0)
+SEARCH = SearchSettings(trials=1, amplify_every=0, max_gap=4)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def contest(pipe):
-    return Contest(pipe, RUN, num_samples=3, batch_size=2, tuning_samples=2, fine_steps=16, progress=False)
+    return Contest(pipe, RUN, num_samples=2, batch_size=2, tuning_samples=2, fine_steps=12, progress=False)
 
 
 def cost(contest: Contest, setting: Setting) -> float:
@@ -38,7 +39,7 @@ def test_plain_runs_cost_their_steps(contest):
     assert cost(contest, Setting("three", 3, "adams_bashforth2")) == 3
 
 
-@pytest.mark.parametrize("computed", [1, 3, 8])
+@pytest.mark.parametrize("computed", [1, 3, 6])
 def test_a_schedule_costs_its_steps_and_the_ends_of_the_skipped(contest, computed):
     schedule = FixedSchedule(even_mask(RUN.steps, computed), "reuse")
     expected = computed + (RUN.steps - computed) * contest.skipped_step
@@ -47,10 +48,10 @@ def test_a_schedule_costs_its_steps_and_the_ends_of_the_skipped(contest, compute
 
 
 def test_affordable_is_the_most_that_fits(contest):
-    for budget in (2, 3, 5, 7.5, 8):
-        fits = [n for n in range(1, 9) if n + (8 - n) * contest.skipped_step <= budget + 1e-9]
+    for budget in (2, 3, 5, 5.5, 6):
+        fits = [n for n in range(1, 7) if n + (6 - n) * contest.skipped_step <= budget + 1e-9]
         assert contest.affordable(budget) == max(fits)
-    with pytest.raises(ValueError, match=r"a cached run of 8 steps costs 1\.\d\d full steps, got 1"):
+    with pytest.raises(ValueError, match=r"a cached run of 6 steps costs 1\.\d\d full steps or more, got 1"):
         contest.affordable(1)
 
 
@@ -64,9 +65,9 @@ def test_judges_agree_with_themselves_and_see_what_differs(contest):
 
 
 def test_held_out_and_tuning_noises_differ_and_more_samples_begin_alike(contest):
-    few, more = (contest.outputs(Setting("plain", 2), number) for number in (2, 4))
+    few, more = (contest.outputs(Setting("plain", 1), number) for number in (2, 4))
     assert torch.equal(more[:2], few)
-    assert not torch.equal(contest.sample(Setting("plain", 2), contest.tuning_task(2)), few)
+    assert not torch.equal(contest.sample(Setting("plain", 1), contest.tuning_task(1)), few)
 
 
 class Priced(Contest):
@@ -103,13 +104,15 @@ def test_a_threshold_that_cannot_keep_the_budget_says_so():
 
 
 def test_of_discrete_settings_the_best_that_fits_is_chosen(contest):
-    masks = ("##......", "#...#...", "####....", "########")
+    masks = ("##....", "#..#..", "####..", "######")
     settings = [scheduled(FixedSchedule([m == "#" for m in mask], "reuse"), "euler") for mask in masks]
     chosen = Chosen("masks", lambda budget: settings)
     assert chosen.spend(contest, 3) is settings[1]
-    assert chosen.spend(contest, 8) is settings[3]
+    assert chosen.spend(contest, 6) is settings[3]
     with pytest.raises(CannotRunError, match=r"it takes 2\.\d full steps or more"):
         chosen.spend(contest, 2)
+    with pytest.raises(CannotRunError, match="none of its settings computes 2 steps or fewer"):
+        Chosen("masks", lambda budget: []).spend(contest, 2)
 
 
 def test_the_steps_of_taylor_seer_are_those_that_diffusers_computes(pipe, contest):
@@ -131,11 +134,11 @@ ONLY = (
 
 @pytest.fixture(scope="module")
 def comparison(pipe):
-    return compare(pipe, (5, 3), 3, run=RUN, search=SEARCH, only=ONLY, rounds=1, progress=False)
+    return compare(pipe, (4,), 2, run=RUN, search=SEARCH, only=ONLY, rounds=1, progress=False)
 
 
 def test_every_policy_keeps_every_budget(comparison):
-    assert [(line.policy, line.budget) for line in comparison.lines] == [(p, b) for b in (5, 3) for p in ONLY]
+    assert [(line.policy, line.budget) for line in comparison.lines] == [(p, b) for b in (4,) for p in ONLY]
     for line in comparison.lines:
         if line.reason is None:
             assert line.budget - 1 < line.spent <= line.budget, line
@@ -148,16 +151,16 @@ def test_every_policy_keeps_every_budget(comparison):
 def test_time_stands_beside_arithmetic(comparison):
     ratios = comparison.time_ratios()
     assert set(ratios) == {timed_name(line) for line in comparison.lines if line.reason is None}
-    assert ratios["fewer Euler steps @ 5"][0] == 5 / 8
+    assert ratios["fewer Euler steps @ 4"][0] == 4 / 6
     assert all(share > 0 for _, share in ratios.values())
 
 
 def test_the_table_shows_every_policy_and_why_one_is_missing(comparison):
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=StringIO())
     console.print(comparison.table())
     text = console.export_text()
-    assert text.count("What 5 of 8 steps can buy") == 1
-    assert text.count("searched, forecast") == 2
+    assert text.count("What 4 of 6 steps can buy") == 1
+    assert text.count("searched, forecast") == 1
     assert "FirstBlockCache at 1e+06 fails on Flux2" in text
 
 
@@ -171,20 +174,20 @@ def test_it_is_saved_and_read(comparison, tmp_path):
 
 def test_known_lines_are_kept_and_can_be_run_again(contest, comparison):
     known = {(line.policy, line.budget): line for line in comparison.lines}
-    made = dict(lines(contest, (5,), SEARCH, ONLY, known))
-    assert list(made) == comparison.at(5)
-    for line, setting in made.items():
+    made = list(lines(contest, (4,), SEARCH, ONLY, known))
+    assert [line for line, _ in made] == comparison.at(4)
+    for line, setting in made:
         if line.group in ("fewer steps", "even spacing", "searched"):
             assert cost(contest, setting) == pytest.approx(line.spent, rel=1e-9)
-            assert contest.errors(contest.outputs(setting)).keys() == line.errors.keys()
+            assert contest.errors(contest.outputs(setting))["euler"] == pytest.approx(line.errors["euler"], rel=1e-5)
         else:
             assert setting is None
 
 
 def test_the_pipeline_is_left_as_it_was(pipe):
     before, scheduler = generate(pipe), pipe.scheduler
-    compare(pipe, (4,), 2, run=RUN, search=SEARCH, only=("searched on the second-order run, forecast",), rounds=0,
-            progress=False)  # fmt: skip
+    only = ("fewer second-order steps", "diffusers TaylorSeer", "even spacing, reuse")
+    compare(pipe, (4,), 2, run=RUN, search=SEARCH, only=only, rounds=0, progress=False)
     assert pipe.scheduler is scheduler
     assert torch.equal(generate(pipe), before)
 
@@ -202,17 +205,17 @@ def test_bad_input(contest, pipe):
 
 def test_ours_are_told_from_the_others(comparison):
     for judge in ("euler", "ode"):
-        ours, best = (comparison.best(5, judge, mine) for mine in (True, False))
+        ours, best = (comparison.best(4, judge, mine) for mine in (True, False))
         assert ours.policy == "searched, forecast"
         assert best.policy != ours.policy
-        errors = [line.errors[judge] for line in comparison.at(5) if line.errors and line is not ours]
+        errors = [line.errors[judge] for line in comparison.at(4) if line.errors and line is not ours]
         assert best.errors[judge] == min(errors)
 
 
 def test_names_are_unique_and_every_group_takes_part(contest):
-    contestants = Field(contest, SEARCH).contestants()
-    assert len(contestants) == 24
-    groups = [contestant.group for contestant in contestants.values()]
+    everyone = contestants(contest, SEARCH)
+    assert len(everyone) == 27
+    groups = [contestant.group for contestant in everyone.values()]
     assert sorted(set(groups), key=groups.index) == [
         "fewer steps", "another library", "rule", "even spacing", "searched",
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from caching.pipelines import generate, small_pipeline
 
 from diffusion_opt.caching import CalibratedRun, FixedSchedule, step_cache_report
 from diffusion_opt.caching.interop import cache_dit_mask
-from diffusion_opt.caching.recording import generation_tasks
+from diffusion_opt.caching.recording import generation_tasks, relative_error
 from diffusion_opt.caching.rules.fixed import marks
 from diffusion_opt.caching.schedule import CacheSchedule, ScheduledCache, search_schedule
 from diffusion_opt.caching.schedule_search import SearchSettings, measure_costs, starting_masks
@@ -121,3 +121,25 @@ def test_malformed_files_are_refused(pipe, tmp_path):
             CacheSchedule.load(path)
     with pytest.raises(ValueError, match="search anew"):
         replace(schedule, mask=(True, False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [20, 15, 10, 7])
+def test_shipped_schedules_beat_both_solvers_with_fewer_steps(shipped, budget):
+    """On noise that no search saw, at equal evaluations, in the distance to the uncached run."""
+    pipe = shipped("fashion")
+
+    def sample(steps):
+        return generation_tasks([str(label) for label in range(10)], steps, 2.0, seed=77_000)[0].run(pipe)
+
+    full, fewer = sample(50), sample(budget)
+    technique = ScheduledCache(f"fashion-{budget}")
+    technique.apply(pipe)
+    cached = sample(50)
+    assert step_cache_report(pipe).computed == {"cond": budget, "uncond": budget}
+    technique.remove(pipe)
+    pipe.scheduler = FlowMatchAdamsBashforthScheduler.from_config(pipe.scheduler.config)
+    second_order = sample(budget)
+    off = float(relative_error(cached, full).mean())
+    assert off < float(relative_error(second_order, full).mean())
+    assert off < float(relative_error(fewer, full).mean())

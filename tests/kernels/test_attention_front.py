@@ -11,6 +11,7 @@ from diffusion_opt.kernels import attention as front
 from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.attention import CachedRegion, Choice, attention, choose, explain
 from diffusion_opt.kernels.block_sparse import block_sparse_attention
+from diffusion_opt.kernels.launch import LAUNCH
 from diffusion_opt.kernels.masks import BlockMask
 from diffusion_opt.kernels.region import Region
 
@@ -152,6 +153,28 @@ def test_what_an_architecture_lacks_is_refused_before_anything_runs(monkeypatch)
     for precision in ("int8-fp8", "fp8"):
         with pytest.raises(ValueError, match=r"no launch choice for sm_80; it runs on sm_89"):
             choose(*qkv(), precision=precision)
+
+
+def test_a_gradient_without_a_kernel_is_torchs(monkeypatch):
+    """The launch table has no tile for this gradient: the forward kernel alone would fail in the backward pass."""
+    pretend_gpu(monkeypatch, 120)
+    q, k, v = qkv(d=128)
+    assert "Triton kernel" in explain(q, k, v)
+    k.requires_grad_()
+    choice = choose(q, k, v)
+    assert choice.body == front.SDPA
+    assert "'dense_keys_fp32' on sm_120 has no choice for heads of 128 numbers: no tile" in choice.reason
+    with torch.no_grad():
+        assert "Triton kernel" in explain(q, k, v)
+
+
+def test_masks_have_their_own_rows(monkeypatch):
+    pretend_gpu(monkeypatch, 90)
+    monkeypatch.setitem(LAUNCH, "dense_forward_masked", {})
+    q, k, v = qkv(kind=torch.bfloat16)
+    mask = torch.ones(70, 50, dtype=torch.bool)[None, None]
+    assert "Triton kernel" in explain(q, k, v)
+    assert "'dense_forward_masked' has no launch choice for sm_90" in explain(q, k, v, mask)
 
 
 def test_combinations_that_no_kernel_serves_are_refused():

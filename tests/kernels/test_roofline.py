@@ -59,6 +59,14 @@ def test_the_few_exponentials_of_the_rescaling_are_no_second_pass():
     assert unrolled(case(), 100, loop(exponentials=2 * extra, flops=None)) == 2
 
 
+def test_exponentials_repeated_with_their_products_are_no_second_pass():
+    """Two halves of eight warps compute the same scores and different values: twice the exponentials, 1.5 the work."""
+    repeated = loop(exponentials=32, flops=3 * FLOPS_A_WARP // 2)
+    assert unrolled(case(), 90, repeated) == 1
+    assert matrix_work(case(), 90, repeated) == 1.5
+    assert roofline(case(), 90, repeated).special == 2 * roofline(case(), 90, loop()).special
+
+
 def test_without_exponentials_the_matrix_work_tells_the_unrolling():
     product = replace(case(), loop_exps=0)
     assert unrolled(product, 90, loop(exponentials=0, flops=4 * FLOPS_A_WARP)) == 4

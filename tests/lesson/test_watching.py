@@ -5,7 +5,7 @@ import torch
 
 from diffusion_opt.caching import calibrate_step_cache
 from diffusion_opt.caching.stack import attached_cut
-from diffusion_opt.lesson.watching import change_pairs
+from diffusion_opt.lesson.watching import change_map, change_pairs
 from diffusion_opt.models import load
 
 
@@ -26,3 +26,8 @@ def test_pairs_are_those_of_the_calibration():
     by_step = y.reshape(2, 5, 2).mean(dim=(0, 2))
     torch.testing.assert_close(by_step, torch.tensor(found.step_table), rtol=1e-4, atol=1e-6)
     assert attached_cut(pipe.transformer) is None
+
+
+def test_a_map_of_changes_is_relative_to_the_step_in_the_column():
+    found = change_map([torch.tensor([[3.0], [4.0]]), torch.tensor([[6.0], [8.0]])])
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.5], [1.0, 0.0]]))

@@ -9,6 +9,7 @@ A right answer gets "correct: …" with what to take along. An error inside the 
 from diffusion_opt.lesson.checks.answers import WrongAnswerError
 from diffusion_opt.lesson.checks.combine import ex_12_1, ex_12_2, ex_12_3
 from diffusion_opt.lesson.checks.fewer_steps import SHARP_RING, ex_02_1, ex_02_2, ex_02_3, shift_error
+from diffusion_opt.lesson.checks.low_precision_attention import ex_08_1, ex_08_2, ex_08_3
 from diffusion_opt.lesson.checks.region_cache import ex_06_1, ex_06_2, ex_06_3
 from diffusion_opt.lesson.checks.start_here import ex_00_1
 from diffusion_opt.lesson.checks.step_caching import ex_05_1, ex_05_2, ex_05_3
@@ -33,6 +34,9 @@ __all__ = [
     "ex_07_1",
     "ex_07_2",
     "ex_07_3",
+    "ex_08_1",
+    "ex_08_2",
+    "ex_08_3",
     "ex_12_1",
     "ex_12_2",
     "ex_12_3",

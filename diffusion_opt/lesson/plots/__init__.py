@@ -5,6 +5,7 @@ keeps it alive in pyplot. Colors are those of Okabe and Ito, which remain apart 
 in marker as well, so they do in print. Values stand at the bars and names at the lines where there is room.
 
     image_grid, image_rows      pictures, alone or one row for each way of making them
+    panels                      a few pictures, large
     curves                      error or quality against cost, with reference slopes
     stacked_shares, bars        where the time goes
     roofline                    arithmetic per second against arithmetic per byte
@@ -16,6 +17,7 @@ in marker as well, so they do in print. Values stand at the bars and names at th
 from diffusion_opt.lesson.plots.decisions import fits, masks
 from diffusion_opt.lesson.plots.lines import curves
 from diffusion_opt.lesson.plots.matrices import matrices
+from diffusion_opt.lesson.plots.panels import panels
 from diffusion_opt.lesson.plots.pictures import image_grid, image_rows
 from diffusion_opt.lesson.plots.plane import paths
 from diffusion_opt.lesson.plots.shares import bars, roofline, stacked_shares
@@ -28,6 +30,7 @@ __all__ = [
     "image_rows",
     "masks",
     "matrices",
+    "panels",
     "paths",
     "roofline",
     "stacked_shares",

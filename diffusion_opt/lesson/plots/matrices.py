@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion_opt.lesson.plots.style import WIDTH, array, headline, new_figure
 
-MOST_NUMBERS = 16  # columns up to which each element shows its number
+MOST_NUMBERS = 16  # rows and columns up to which each element shows its number; twice as many in all panels together
 
 
 def matrices(
@@ -36,6 +36,8 @@ def matrices(
         positive = min(v[v > 0].min() for v in values.values() if (v > 0).any())
         norm = LogNorm(positive if positive < high else high / 10, high)
     shape = next(iter(values.values())).shape
+    numbered = max(max(v.shape) for v in values.values()) <= MOST_NUMBERS
+    numbered &= sum(v.shape[1] for v in values.values()) <= 2 * MOST_NUMBERS
     width = WIDTH / max(2, len(values))
     height = max(1.2, min(0.8 * width, width * shape[0] / shape[1])) + 0.8
     with new_figure(1, len(values), (WIDTH, height), sharey=True) as (figure, axes):
@@ -44,12 +46,12 @@ def matrices(
             drawn = axis.imshow(matrix, cmap="cividis", interpolation="nearest", aspect="auto", **scale)
             axis.set(title=name, xlabel=x_label)
             axis.grid(False)
-            if matrix.shape[1] <= MOST_NUMBERS and matrix.shape[0] <= MOST_NUMBERS:
+            if numbered:
                 for (row, column), value in np.ndenumerate(matrix):
                     ink = "black" if drawn.norm(value) > 0.6 else "white"
                     axis.text(column, row, f"{value:.3g}", ha="center", va="center", color=ink, fontsize=8)
         axes[0, 0].set_ylabel(y_label)
-        if shape[1] > MOST_NUMBERS:
+        if not numbered:
             figure.colorbar(drawn, ax=axes[0].tolist(), fraction=0.04)
         headline(figure, title)
     return figure

@@ -6,9 +6,17 @@ with checks, progress and hooks. Each function bears the name of its exercise's 
 """
 
 from diffusion_opt.kernels.runtime import HAS_TRITON
-from diffusion_opt.lesson.solutions import combine, fewer_steps, region_cache, start_here, step_caching, why_slow
+from diffusion_opt.lesson.solutions import (
+    combine,
+    fewer_steps,
+    low_precision_attention,
+    region_cache,
+    start_here,
+    step_caching,
+    why_slow,
+)
 
-LESSONS = (start_here, why_slow, fewer_steps, step_caching, region_cache, combine)
+LESSONS = (start_here, why_slow, fewer_steps, step_caching, region_cache, low_precision_attention, combine)
 if HAS_TRITON:  # Linux only; the lessons on kernels need it
     from diffusion_opt.lesson.solutions import triton_attention
 
