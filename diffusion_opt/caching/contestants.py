@@ -20,6 +20,7 @@ MagCache computes the first fifth of the steps and skips three in a row at most,
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Literal, Protocol
 
 from diffusion_opt.caching.baselines import (
@@ -146,7 +147,10 @@ class EvenSpacing:
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """The schedule that dynamic programming and a climb find for what the budget affords, on a solver's full run."""
+    """The schedule that dynamic programming and a climb find for what the budget affords, on a solver's full run.
+
+    The climb may also begin where a calibrated rule would compute, so that it cannot be beaten by that for want of it.
+    """
 
     name: str
     solver: Solver
@@ -161,9 +165,20 @@ class Searched:
             if not self.costs:
                 self.costs.append(measure_costs(contest.pipe, [task], self.settings, contest.progress))
             reference = contest.tuning_reference(self.solver)
-            starts = starting_masks(self.costs[0], number)
+            starts = (*starting_masks(self.costs[0], number), equal_change_mask(contest.calibration.step_table, number))
             found = search_mask(contest.pipe, task, reference, starts, self.settings, contest.progress)
         return scheduled(FixedSchedule(found.mask, self.settings.predictor), self.solver)
+
+
+def equal_change_mask(table: Sequence[float], number: int) -> tuple[bool, ...]:
+    """`number` computed steps between which the residual changes by as much each time, by a calibrated step table."""
+    passed = [0.0, *accumulate(table)]
+    chosen: set[int] = set()
+    for index in range(number):
+        target = passed[-1] * index / number
+        free = [step for step in range(len(passed)) if step not in chosen]
+        chosen.add(next((step for step in free if passed[step] >= target), free[-1]))
+    return tuple(step in chosen for step in range(len(passed)))
 
 
 def contestants(contest: Contest, search: SearchSettings) -> dict[str, Contestant]:

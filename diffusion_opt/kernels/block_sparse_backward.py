@@ -174,7 +174,4 @@ def _walk(name: str, kernel: Any, inputs: tuple, outputs: tuple, mask: BlockMask
 def compile_cases() -> tuple[CompileCase, ...]:
     """The two kernels for the ahead-of-time gate."""
     kernels = (("block_sparse_queries", sparse_queries_kernel, 6), ("block_sparse_keys", sparse_keys_kernel, 8))
-    constants = {"TAIL": False, "QUERY_TAIL": False, "HAS_LENGTHS": False}
-    return tuple(
-        sparse_case(name, kernel, *case, flops, **constants) for name, kernel, flops in kernels for case in CASES
-    )
+    return tuple(sparse_case(name, kernel, *case, flops) for name, kernel, flops in kernels for case in CASES)

@@ -99,21 +99,27 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> t
     return out, lse
 
 
-CASES = (  # what the ahead-of-time gate compiles: (type, head dimension, side of the mask's blocks)
-    (torch.bfloat16, 64, 128),
-    (torch.bfloat16, 128, 128),
-    (torch.bfloat16, 128, 64),
-    (torch.bfloat16, 256, 64),
-    (torch.float16, 72, 64),
-    (torch.float32, 64, 64),
-    (torch.float32, 128, 64),
+CASES = (  # what the ahead-of-time gate compiles: (type, head dimension, side of the mask's blocks, whether ragged)
+    (torch.bfloat16, 64, 128, False),
+    (torch.bfloat16, 128, 128, False),
+    (torch.bfloat16, 128, 64, True),
+    (torch.bfloat16, 256, 64, True),
+    (torch.float32, 64, 64, True),
 )
 
 
 def sparse_case(
-    name: str, kernel: Any, dtype: torch.dtype, head_dim: int, block: int, flops_per_dim: int, **constants: object
+    name: str,
+    kernel: Any,
+    dtype: torch.dtype,
+    head_dim: int,
+    block: int,
+    ragged: bool,
+    flops_per_dim: int,
+    **constants: object,
 ) -> CompileCase:
-    """A kernel that walks lists (`flops_per_dim` per score and number of a head), for whole tiles of keys."""
+    """A kernel that walks lists (`flops_per_dim` per score and number of a head); `ragged` tiles are bounded."""
+    constants |= {end: ragged for end in ("TAIL", "QUERY_TAIL", "HAS_LENGTHS") if end in kernel.arg_names}
     fixed = {"HEAD_DIM": head_dim, "PADDED_DIM": padded_head_dim(head_dim), "PRECISION": precision(dtype), **constants}
     fixed |= {argument: 1 for argument in kernel.arg_names if argument.startswith("stride") and argument.endswith("d")}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys((*fixed, "BLOCK_M", "BLOCK_N"), "constexpr")
@@ -123,12 +129,14 @@ def sparse_case(
     types |= {argument: "fp32" for argument in ("scale", "sigma") if argument in types}
     unaligned = ("num_heads", "list_b", "list_h", "most", "scale", "sigma")
     by_keys = name == "block_sparse_keys"
-    choices = sampled(chosen(row_of(name, dtype), head_dim), (dtype, head_dim) == (torch.bfloat16, 128))
+    everywhere = (dtype, head_dim, block) == (torch.bfloat16, 128, 128)
+    choices = sampled(chosen(row_of(name, dtype), head_dim), everywhere)
     choices = {arch: fitted(choice, block, block, by_keys) for arch, choice in choices.items()}
     owned = {arch: choice.block_n if by_keys else choice.block_m for arch, choice in choices.items()}
     flops = flops_per_dim * padded_head_dim(head_dim)
+    blocks = f"blocks of {block}{' ragged' if ragged else ''}"
     return CompileCase(
-        name=f"{name.replace('_', ' ')} {TRITON_TYPES[dtype]} d{head_dim} blocks of {block}",
+        name=f"{name.replace('_', ' ')} {TRITON_TYPES[dtype]} d{head_dim} {blocks}",
         kernel=kernel,
         signature=types,
         constexprs=fixed,
@@ -142,5 +150,4 @@ def sparse_case(
 
 def compile_cases() -> tuple[CompileCase, ...]:
     """The forward kernel for the ahead-of-time gate."""
-    constants = {"TAIL": False, "HAS_LENGTHS": False}
-    return tuple(sparse_case("block_sparse_forward", sparse_forward_kernel, *case, 4, **constants) for case in CASES)
+    return tuple(sparse_case("block_sparse_forward", sparse_forward_kernel, *case, 4) for case in CASES)

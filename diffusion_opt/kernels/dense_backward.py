@@ -255,5 +255,5 @@ def backward(
 def compile_cases() -> tuple[CompileCase, ...]:
     """The two kernels with products of matrices for the ahead-of-time gate."""
     kernels = (("dense_keys", keys_kernel, 8), ("dense_queries", queries_kernel, 6))
-    cases = [case for case in CASES if case[:2] != (torch.float32, 128)]  # spills on sm_120 at every tile (launch.py)
+    cases = [case for case in CASES if case[0] != torch.float16 and case[2] != "bias per key"]  # forward shows these
     return tuple(dense_case(name, kernel, *case, flops) for name, kernel, flops in kernels for case in cases)

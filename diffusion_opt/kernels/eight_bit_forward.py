@@ -233,7 +233,8 @@ def compile_case(codes: torch.dtype, head_dim: int, granularity: str, values_in:
     ones = [name for name, type_ in types.items() if type_ == "constexpr" and name.startswith("stride")]
     uneven = ("num_heads", "num_q_scales", "num_k_scales")
     aligned = [name for name, type_ in types.items() if type_[0] == "*" or (type_ == "i32" and name not in uneven)]
-    row = sampled(chosen(row_of(codes, values_in, kind), head_dim), head_dim == 128 and kind == "none")
+    everywhere = (head_dim, kind) == (128, "none") and values_in != "fp16_fast"
+    row = sampled(chosen(row_of(codes, values_in, kind), head_dim), everywhere)
     first, second = INTEGER_UNITS if codes == torch.int8 else FP8_UNITS, FP8_UNITS if values_in == "fp8" else HALF_UNITS
     scores = "int8" if codes == torch.int8 else "fp8"
     values = "fp8" if values_in == "fp8" else "fp16"

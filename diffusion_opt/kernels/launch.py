@@ -8,7 +8,11 @@ is checked without a GPU; the benchmark on a GPU is what decides between rows th
 A tile of scores is `block_m` queries by `block_n` keys. Larger tiles load K and V less often and need more registers;
 what fits differs: on sm_90 and sm_100 the matrix units read from shared memory and leave registers to the
 accumulators, on sm_80, 89 and 120 the operands are in registers too. float32 operands are twice as large, so they
-have their own rows. A kernel family adds its rows to `LAUNCH` under its own name.
+have their own rows. On sm_90 four warps share an instruction of 64 rows, so of what a program owns, 64 rows ask for
+four warps and 128 for eight; with eight warps on 64 rows, half of them repeat the products of the others.
+
+Where every tile spills, there is no row: `launch` then raises, and `attention.py` takes torch's attention for a dense
+call and says so, or refuses. A kernel family adds its rows to `LAUNCH` under its own name.
 """
 
 from dataclasses import dataclass
@@ -39,9 +43,12 @@ def padded_head_dim(head_dim: int) -> int:
     return next(size for size in HEAD_DIMS if size >= head_dim)
 
 
-def heads(up_to_64: LaunchConfig, of_128: LaunchConfig, of_256: LaunchConfig) -> dict[int, LaunchConfig]:
-    """Choices by padded head dimension; a tile that fits heads of 64 numbers fits shorter ones."""
-    return {16: up_to_64, 32: up_to_64, 64: up_to_64, 128: of_128, 256: of_256}
+def heads(
+    up_to_64: LaunchConfig, of_128: LaunchConfig | None = None, of_256: LaunchConfig | None = None
+) -> dict[int, LaunchConfig]:
+    """Choices by padded head dimension; a tile that fits heads of 64 numbers fits shorter ones. None: no tile fits."""
+    choices = {16: up_to_64, 32: up_to_64, 64: up_to_64, 128: of_128, 256: of_256}
+    return {head_dim: choice for head_dim, choice in choices.items() if choice is not None}
 
 
 def same_everywhere(by_head_dim: dict[int, LaunchConfig]) -> dict[int, dict[int, LaunchConfig]]:
@@ -63,7 +70,7 @@ DENSE_KEYS = {
     89: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
     90: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(16, 64, 8, 2)),
     100: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 64, 8, 2)),
-    120: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
+    120: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
 }
 DENSE_QUERIES = {
     80: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2), LaunchConfig(64, 64, 8, 2)),
@@ -76,7 +83,7 @@ DENSE_QUERIES = {
 DENSE_FORWARD_MASKED = {
     80: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
     89: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
-    90: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 4, 2)),
+    90: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 32, 8, 2)),
     100: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 8, 2)),
     120: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
 }
@@ -89,86 +96,94 @@ DENSE_KEYS_MASKED = {
 }
 DENSE_QUERIES_MASKED = {
     **same_everywhere(heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 16, 8, 1))),
-    90: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 16, 4, 2)),
+    90: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 16, 8, 2)),
 }
-# float32 is three products of TF32 with operands twice as large: small tiles, or thousands of spills.
-# Backward, the smallest tiles still spill a few registers for heads of 128 on sm_120, and of 256 everywhere.
+# float32 is three products of TF32 with operands twice as large: small tiles, or thousands of spills. Heads of 256
+# spill at every tile, and so do the gradients at heads of 128 on sm_89 and sm_120: no rows.
 DENSE_FORWARD_FP32 = {
-    **same_everywhere(heads(LaunchConfig(32, 32, 4, 2), LaunchConfig(32, 16, 8, 1), LaunchConfig(16, 16, 8, 1))),
-    90: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(32, 16, 8, 1), LaunchConfig(16, 16, 8, 1)),
+    **same_everywhere(heads(LaunchConfig(32, 32, 4, 2), LaunchConfig(32, 16, 8, 1))),
+    90: heads(LaunchConfig(128, 32, 8, 2), LaunchConfig(32, 16, 8, 1)),
 }
-DENSE_BACKWARD_FP32 = same_everywhere(
-    heads(LaunchConfig(32, 32, 8, 1), LaunchConfig(16, 16, 8, 1), LaunchConfig(16, 16, 8, 1))
-)
+DENSE_KEYS_FP32 = {
+    **dict.fromkeys((80, 90, 100), heads(LaunchConfig(32, 32, 8, 1), LaunchConfig(16, 16, 8, 1))),
+    **dict.fromkeys((89, 120), heads(LaunchConfig(32, 32, 8, 1))),
+}
+DENSE_QUERIES_FP32 = {
+    **dict.fromkeys((80, 90, 100), heads(LaunchConfig(32, 32, 8, 1), LaunchConfig(16, 16, 4, 1))),
+    **dict.fromkeys((89, 120), heads(LaunchConfig(32, 32, 8, 1))),
+}
 
 # Block-sparse and region attention. Masks have blocks of 64 or 128, mostly: larger tiles would never be used.
 SPARSE_FORWARD = {
     **same_everywhere(heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 8, 2))),
-    90: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 4, 2)),
+    90: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 4, 1)),
     100: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 8, 1)),
+    120: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(64, 32, 8, 2)),
 }
 SPARSE_QUERIES = {
     **same_everywhere(heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 32, 8, 1))),
-    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 32, 4, 2)),
+    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 16, 4, 1)),
     100: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 1)),
+    120: heads(LaunchConfig(64, 32, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 32, 8, 1)),
 }
 SPARSE_KEYS = {
-    **same_everywhere(heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 32, 8, 1))),
+    **same_everywhere(heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 32, 8, 1))),
     90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(32, 128, 8, 2), LaunchConfig(16, 64, 8, 2)),
     100: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 1)),
-    120: heads(LaunchConfig(32, 64, 4, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 32, 8, 1)),
+    120: heads(LaunchConfig(32, 64, 4, 2), LaunchConfig(64, 64, 8, 1), LaunchConfig(32, 32, 8, 1)),
 }
 SPARSE_FORWARD_FP32 = {
-    **same_everywhere(heads(LaunchConfig(64, 32, 4, 1), LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 16, 4, 1))),
-    100: heads(LaunchConfig(64, 32, 8, 1), LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 16, 4, 1)),
-    120: heads(LaunchConfig(64, 32, 4, 1), LaunchConfig(32, 32, 8, 1), LaunchConfig(16, 16, 4, 1)),
+    **dict.fromkeys((80, 120), heads(LaunchConfig(64, 32, 4, 1), LaunchConfig(32, 32, 8, 1))),
+    **dict.fromkeys((89, 90), heads(LaunchConfig(64, 32, 4, 1), LaunchConfig(32, 32, 4, 1))),
+    100: heads(LaunchConfig(64, 32, 8, 1), LaunchConfig(32, 32, 4, 1)),
 }
-SPARSE_BACKWARD_FP32 = same_everywhere(
-    heads(LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 32, 8, 1), LaunchConfig(16, 16, 8, 1))
-)
+SPARSE_QUERIES_FP32 = same_everywhere(heads(LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 32, 8, 1)))
+SPARSE_KEYS_FP32 = same_everywhere(heads(LaunchConfig(32, 32, 8, 1), LaunchConfig(16, 16, 8, 1)))
 
-EIGHT_BIT = {
-    **dict.fromkeys((16, 32, 64, 128), LaunchConfig(128, 64, 8, 3)),
-    256: LaunchConfig(64, 64, 8, 2),
+# Attention on codes of 8 bits. e4m3 does not exist on sm_80.
+EIGHT_BIT = heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 8, 2))
+EIGHT_BIT_MASKED = heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2))
+INT8_SCORES_FP16_VALUES = {**same_everywhere(EIGHT_BIT), 90: {**EIGHT_BIT, 256: LaunchConfig(64, 64, 4, 2)}}
+INT8_SCORES_FP16_VALUES_MASKED = {
+    **same_everywhere(EIGHT_BIT_MASKED),
+    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 4, 2)),
+    120: {**EIGHT_BIT_MASKED, 256: LaunchConfig(64, 32, 8, 2)},
 }
-EIGHT_BIT_HOPPER = {**EIGHT_BIT, 256: LaunchConfig(64, 64, 4, 2)}
-EIGHT_BIT_MASKED = dict.fromkeys(HEAD_DIMS, LaunchConfig(64, 64, 8, 2))
-EIGHT_BIT_MASKED_HOPPER = {
-    **dict.fromkeys((16, 32, 64, 128), LaunchConfig(64, 64, 4, 2)),
-    256: LaunchConfig(64, 32, 4, 2),
-}
-EIGHT_BIT_MASKED_SMALL = {**EIGHT_BIT_MASKED, 128: LaunchConfig(64, 32, 8, 2)}
-INT8_SCORES_FP16_VALUES = {**same_everywhere(EIGHT_BIT), 90: EIGHT_BIT_HOPPER}
-INT8_SCORES_FP16_VALUES_MASKED = {**same_everywhere(EIGHT_BIT_MASKED), 90: EIGHT_BIT_MASKED_HOPPER}
-FP8_SCORES = {**dict.fromkeys((89, 100, 120), EIGHT_BIT), 90: EIGHT_BIT_HOPPER}  # e4m3 does not exist on sm_80
+FP8_SCORES = dict.fromkeys((89, 90, 100, 120), EIGHT_BIT)
 INT8_SCORES_FP8_VALUES = {**FP8_SCORES, 120: {**EIGHT_BIT, 128: LaunchConfig(64, 64, 4, 3)}}
 FP8_VALUES_MASKED = {
     89: EIGHT_BIT_MASKED,
-    90: EIGHT_BIT_MASKED_HOPPER,
-    **dict.fromkeys((100, 120), EIGHT_BIT_MASKED_SMALL),
+    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 8, 2)),
+    100: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 32, 8, 2), LaunchConfig(64, 64, 8, 2)),
+    120: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 32, 8, 2), LaunchConfig(64, 32, 8, 2)),
 }
-# FP4 weights are rounded in tiles of 64 keys: that tile is part of the number format and no choice.
-FP4_SMALL = {**dict.fromkeys((16, 32, 64, 128), LaunchConfig(32, 64, 8, 1)), 256: LaunchConfig(16, 64, 8, 1)}
-FP4_START = {
-    **dict.fromkeys((16, 32, 64), LaunchConfig(64, 64, 4, 2)),
-    128: LaunchConfig(64, 64, 8, 2),
-    256: LaunchConfig(32, 64, 8, 1),
+
+# FP4 weights are rounded in tiles of 64 keys: that tile is part of the number format and no choice. Of float32, the
+# gradient of the keys spills at every tile but these.
+FP4_WARP_GROUPS = heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1))
+FP4_SMALL = heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1))
+FP4_FORWARD = {
+    **dict.fromkeys((80, 89), {**FP4_WARP_GROUPS, **dict.fromkeys((16, 32, 64), LaunchConfig(64, 64, 8, 1))}),
+    **dict.fromkeys((90, 100), FP4_WARP_GROUPS),
+    120: FP4_SMALL,
 }
-FP4_FORWARD = {**dict.fromkeys((80, 89, 90, 100), FP4_START), 120: FP4_SMALL}
 FP4_QUERIES = {
-    **same_everywhere({**FP4_START, 128: LaunchConfig(64, 64, 8, 1)}),
-    90: {**FP4_START, 128: LaunchConfig(128, 64, 8, 1)},
+    80: heads(LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
+    89: heads(LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1)),
+    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(128, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
+    100: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
+    120: heads(LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
 }
 FP4_KEYS = {
     **same_everywhere(FP4_SMALL),
     90: {**FP4_SMALL, **dict.fromkeys((16, 32, 64), LaunchConfig(64, 64, 4, 1))},
 }
-FP4_FP32 = same_everywhere(
-    {
-        **dict.fromkeys((16, 32, 64), LaunchConfig(32, 64, 8, 1)),
-        **dict.fromkeys((128, 256), LaunchConfig(16, 64, 8, 1)),
-    }
-)
+FP4_QUERIES_FP32 = same_everywhere(heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)))
+FP4_FORWARD_FP32 = {
+    **same_everywhere(heads(LaunchConfig(16, 64, 8, 1), LaunchConfig(16, 64, 8, 1))),
+    90: heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
+}
+FP4_KEYS_FP32 = dict.fromkeys((90, 100), heads(LaunchConfig(16, 64, 8, 1)))
 
 # Products of 8-bit matrices have no head dimension: architecture -> choice.
 GEMM_INT8 = {
@@ -187,10 +202,10 @@ LAUNCH: dict[str, dict[int, dict[int, LaunchConfig]]] = {
     "dense_forward_masked": DENSE_FORWARD_MASKED,
     "dense_keys": DENSE_KEYS,
     "dense_keys_masked": DENSE_KEYS_MASKED,
-    "dense_keys_fp32": DENSE_BACKWARD_FP32,
+    "dense_keys_fp32": DENSE_KEYS_FP32,
     "dense_queries": DENSE_QUERIES,
     "dense_queries_masked": DENSE_QUERIES_MASKED,
-    "dense_queries_fp32": DENSE_BACKWARD_FP32,
+    "dense_queries_fp32": DENSE_QUERIES_FP32,
     "int8_scores_fp16_values": INT8_SCORES_FP16_VALUES,
     "int8_scores_fp16_values_masked": INT8_SCORES_FP16_VALUES_MASKED,
     "int8_scores_fp8_values": INT8_SCORES_FP8_VALUES,
@@ -198,17 +213,17 @@ LAUNCH: dict[str, dict[int, dict[int, LaunchConfig]]] = {
     "fp8_scores_fp8_values": FP8_SCORES,
     "fp8_scores_fp8_values_masked": FP8_VALUES_MASKED,
     "fp4_forward": FP4_FORWARD,
-    "fp4_forward_fp32": FP4_FP32,
+    "fp4_forward_fp32": FP4_FORWARD_FP32,
     "fp4_keys": FP4_KEYS,
-    "fp4_keys_fp32": FP4_FP32,
+    "fp4_keys_fp32": FP4_KEYS_FP32,
     "fp4_queries": FP4_QUERIES,
-    "fp4_queries_fp32": FP4_FP32,
+    "fp4_queries_fp32": FP4_QUERIES_FP32,
     "block_sparse_forward": SPARSE_FORWARD,
     "block_sparse_forward_fp32": SPARSE_FORWARD_FP32,
     "block_sparse_queries": SPARSE_QUERIES,
-    "block_sparse_queries_fp32": SPARSE_BACKWARD_FP32,
+    "block_sparse_queries_fp32": SPARSE_QUERIES_FP32,
     "block_sparse_keys": SPARSE_KEYS,
-    "block_sparse_keys_fp32": SPARSE_BACKWARD_FP32,
+    "block_sparse_keys_fp32": SPARSE_KEYS_FP32,
     "region": SPARSE_FORWARD,
     "region_fp32": SPARSE_FORWARD_FP32,
 }

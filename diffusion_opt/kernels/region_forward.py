@@ -141,9 +141,7 @@ def forward(
 
 def compile_cases() -> tuple[CompileCase, ...]:
     """Attention to a whole cache, and by a mask, for the ahead-of-time gate; the copy has no matrix work."""
-    cases = ((torch.bfloat16, 64, 128), (torch.bfloat16, 128, 128), (torch.bfloat16, 256, 64), (torch.float32, 64, 64))
-    constants = {"TAIL": False, "HAS_LENGTHS": False}
-    whole = [sparse_case("region", region_kernel, *case, 4, LISTED=False, **constants) for case in cases]
-    by_list = [sparse_case("region", region_kernel, *case, 4, LISTED=True, **constants) for case in cases[1:2]]
+    cases = ((torch.bfloat16, 64, 128, False), (torch.bfloat16, 128, 128, False), (torch.float32, 64, 64, True))
+    whole = [sparse_case("region", region_kernel, *case, 4, LISTED=False) for case in cases]
     whole = [replace(case, name=case.name.partition(" blocks")[0]) for case in whole]
-    return (*whole, *by_list)
+    return (*whole, sparse_case("region", region_kernel, torch.bfloat16, 128, 64, True, 4, LISTED=True))

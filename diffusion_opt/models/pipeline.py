@@ -94,8 +94,8 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
     """Class names to images: `pipe("sneaker").images[0]`, or `pipe(["bag", "coat"], generator=g, output_type="pt")`.
 
     Steps and guidance scale default to what the weights were trained for (`default_steps`, `default_guidance` in
-    `model_index.json`); with `flow_map` each pass is told how far to jump; the rest of the call is `Flux2KleinPipeline`'s. Images are (B, 1, H, W) in [0, 1] for
-    `output_type="pt"`, PIL images otherwise.
+    `model_index.json`); with `flow_map` each pass is told how far to jump. The rest of the call is that of
+    `Flux2KleinPipeline`. Images are (B, 1, H, W) in [0, 1] for `output_type="pt"`, PIL images otherwise.
     """
 
     _optional_components: ClassVar = ["text_encoder", "tokenizer"]

@@ -12,6 +12,7 @@ from small_transformers import family_pass, family_pipeline, family_sample, smal
 
 from diffusion_opt.caching.guidance_cache import GuidanceCache, guidance_cache_report
 from diffusion_opt.caching.predictors import PREDICTORS
+from diffusion_opt.caching.region import StreamingRegionCache
 from diffusion_opt.caching.report import step_cache_report
 from diffusion_opt.caching.stack import StackCut
 from diffusion_opt.caching.step_cache import Rule, StepCache
@@ -179,6 +180,12 @@ def test_settings_and_refusals(pipe):
     wan.register_modules(transformer_2=small_transformer("wan"))
     with pytest.raises(ValueError, match="two transformers"):
         technique.apply(wan)
+
+
+def test_a_region_cache_on_the_transformer_is_refused(pipe):
+    StreamingRegionCache().apply(pipe)
+    with pytest.raises(ValueError, match="a region cache is on this transformer"):
+        GuidanceCache().apply(pipe)
 
 
 def test_on_the_shipped_model_forecasting_the_difference_beats_reusing_it(shipped):

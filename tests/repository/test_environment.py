@@ -108,13 +108,16 @@ def test_no_address_or_absolute_path_in_the_lists():
         assert not re.search(r"[a-z]+://|(^|[\s=\"'@])/", text, flags=re.MULTILINE), f"{name} holds an address or path"
 
 
+RIVALS = {"cache-dit"}  # imported where they are installed, and refused with the command to install them elsewhere
+
+
 def test_every_import_is_a_declared_requirement():
     provided = metadata.packages_distributions()
     direct = {canonicalize_name(requirement.name) for requirement in map(Requirement, PROJECT["dependencies"])}
     lab = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["lab"]}
     undeclared = set()
     for path in (ROOT / "diffusion_opt").rglob("*.py"):
-        allowed = direct | lab if "lesson" in path.parts else direct
+        allowed = (direct | lab if "lesson" in path.parts else direct) | RIVALS
         for module in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
             if module in sys.stdlib_module_names or module == "diffusion_opt":
                 continue

@@ -8,16 +8,17 @@ A flow map u(x_t, t, r) is the mean velocity of the teacher's path from t down t
 with sg the stop-gradient, and u is fitted to u*. v, s and r are free, and the methods are choices of them:
 
     consistency distillation    v of the teacher, r = 0                  Song et al. 2023, arXiv 2303.01469
-    consistency training        v = e - x of the data, r = 0             Geng et al. 2024, arXiv 2406.14548 (ECT)
+    consistency training        v = e - x of the data, r = 0             Geng et al. 2024, arXiv 2406.14548
     flow map                    v of the teacher, any r                  AnyFlow, arXiv 2605.13724
     MeanFlow                    any r, and s -> t: the limit             Geng et al. 2025, arXiv 2505.13447
     sCM                         r = 0, and s -> t, its tangent scaled    Lu & Song 2024, arXiv 2410.11081
     shortcut, progressive       v by the student's own jump t -> s, s the midpoint   Frans et al. 2024, arXiv 2410.12557
 
 For a small hop u* is u plus the share (t - s) / (t - r) of a step; in the limit the whole step is taken, u* = v -
-(t - r) du/dt along the path, with the derivative by a Jacobian-vector product or a central difference. u* of a hop is a convex combination of two velocities and so bounded: no 1 / (t - r) weights as
-in losses on pictures. Two things decide over success at small scale: enough samples with r = 0, without which one step
-stays untrained, and a hop that is not too small, since a small hop teaches slowly (`METHODS` has what was measured).
+(t - r) du/dt along the path, with the derivative by a Jacobian-vector product or a central difference. u* of a hop is a
+convex combination of two velocities and so bounded: no 1 / (t - r) weights as in losses on pictures. Two things decide
+over success at small scale: enough samples with r = 0, without which one step stays untrained, and a hop that is not
+too small, since a small hop teaches slowly.
 """
 
 from collections.abc import Callable

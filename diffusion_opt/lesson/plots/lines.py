@@ -38,6 +38,8 @@ def curves(
             if all(b >= 1.2 * a for a, b in pairwise(ticks)):  # labels would overlap
                 axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
                 axis.set_xticks([], minor=True)
+            else:
+                plain_ticks(axis.xaxis)
             plain_ticks(axis.yaxis)
         _reference_slopes(axis, next(iter(lines.values())), slopes)
         axis.set(xlabel=x_label, ylabel=y_label, title=title)
