@@ -160,11 +160,14 @@ FP8_VALUES_MASKED = {
 
 # FP4 weights are rounded in tiles of 64 keys: that tile is part of the number format and no choice. Of float32, the
 # gradient of the keys spills at every tile but these.
-FP4_WARP_GROUPS = heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1))
 FP4_SMALL = heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1))
 FP4_FORWARD = {
-    **dict.fromkeys((80, 89), {**FP4_WARP_GROUPS, **dict.fromkeys((16, 32, 64), LaunchConfig(64, 64, 8, 1))}),
-    **dict.fromkeys((90, 100), FP4_WARP_GROUPS),
+    **dict.fromkeys(
+        (80, 89), heads(LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1))
+    ),
+    **dict.fromkeys(
+        (90, 100), heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1))
+    ),
     120: FP4_SMALL,
 }
 FP4_QUERIES = {
@@ -172,11 +175,11 @@ FP4_QUERIES = {
     89: heads(LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1)),
     90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(128, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
     100: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
-    120: heads(LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
+    120: heads(LaunchConfig(32, 64, 4, 1), LaunchConfig(64, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
 }
 FP4_KEYS = {
     **same_everywhere(FP4_SMALL),
-    90: {**FP4_SMALL, **dict.fromkeys((16, 32, 64), LaunchConfig(64, 64, 4, 1))},
+    90: heads(LaunchConfig(64, 64, 4, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
 }
 FP4_QUERIES_FP32 = same_everywhere(heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)))
 FP4_FORWARD_FP32 = {

@@ -154,7 +154,7 @@ def test_guidance_is_needed_by_guidance_embedded_transformers_and_refused_by_oth
     vae = PixelShuffleVAE(in_channels=3)
     with pytest.raises(ValueError, match="needs guidance=<scale> or two_time=True, one of them"):
         Flux2Velocity(full_layout(guidance_embeds=True), None, vae)
-    with pytest.raises(ValueError, match="takes no guidance: guidance_embeds is False"):
+    with pytest.raises(ValueError, match="takes no guidance and no second time"):
         Flux2Velocity(full_layout(guidance_embeds=False), None, vae, guidance=4.0)
     with pytest.raises(ValueError, match="takes no guidance"):
         velocity_model(pipe, guidance=4.0)

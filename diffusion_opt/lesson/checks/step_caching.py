@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from diffusion_opt.flow import sampling_times
@@ -104,7 +104,7 @@ def ex_05_3(answer: Answer) -> None:
     praise("one number decides for every step; what it is worth depends on how well the changes are known")
 
 
-def _hint(found: object, mistakes: Iterable[tuple[Float[Tensor, " n"], str]]) -> None:
+def _hint(found: object, mistakes: Iterable[tuple[Tensor, str]]) -> None:
     """Raises WrongAnswerError with the hint of the mistake that was made, mistakes of other shapes among them."""
     for wrong, hint in mistakes:
         if isinstance(found, Tensor) and found.shape == wrong.shape and torch.allclose(found.to(wrong), wrong):
