@@ -69,11 +69,10 @@ def judged(contest: Contest, setting: Setting, number: int) -> dict[str, float]:
 
 
 def wanted(contest: Contest, made: list[tuple[Line, Setting | None]]) -> Iterator[tuple[str, Setting]]:
-    """Names and settings to judge by FD: the teacher by both solvers, plain runs and searched schedules."""
+    """Names and settings to judge by FD: the teacher, and its searched schedules."""
     yield "full", contest.full("euler")
-    yield "full, second order", contest.full("adams_bashforth2")
     for line, setting in made:
-        if setting is not None and line.group in MAIN:
+        if setting is not None and line.policy == "searched, forecast":
             yield timed_name(line), setting
 
 

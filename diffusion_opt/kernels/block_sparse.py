@@ -38,7 +38,8 @@ def block_sparse_attention(
 
     `scale` is 1 / sqrt(d) unless given. Raises ValueError if the mask is not made for these lengths, batch and heads,
     for a scale that is not positive, for q, k, v of different types, and, where a kernel would run, for heads above
-    256, for types other than float16, bfloat16 and float32, and for blocks whose sizes are no multiples of 16.
+    256 (float32: 128), for types other than float16, bfloat16 and float32, and for blocks whose sizes are no multiples
+    of 16.
     """
     scale = checked_scale(q, k, v, None, scale)
     mask.check(q.shape[2], k.shape[2])

@@ -36,8 +36,8 @@ def dense_attention(
     """softmax(scale q k^T + mask) v; `scale` is 1 / sqrt(d) unless given.
 
     Raises ValueError for shapes or types that do not fit, a scale that is not positive, a mask that wants a gradient
-    (none is computed), and, where a kernel would run, for heads above 256 and types other than float16, bfloat16 and
-    float32.
+    (none is computed), and, where a kernel would run, for types other than float16, bfloat16 and float32 and for heads
+    above 256, in float32 above 128 (`launch.py`; `attention.py` takes torch's attention there).
     """
     scale = checked_scale(q, k, v, mask, scale)
     if runtime.mode(q) == "reference":

@@ -88,8 +88,8 @@ DENSE_FORWARD_MASKED = {
     120: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
 }
 DENSE_KEYS_MASKED = {
-    80: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
-    89: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
+    80: heads(LaunchConfig(32, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
+    89: heads(LaunchConfig(32, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
     90: heads(LaunchConfig(32, 128, 8, 2), LaunchConfig(32, 128, 8, 2), LaunchConfig(16, 32, 8, 1)),
     100: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(16, 32, 8, 1)),
     120: heads(LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
@@ -135,7 +135,7 @@ SPARSE_KEYS = {
 SPARSE_FORWARD_FP32 = {
     **dict.fromkeys((80, 120), heads(LaunchConfig(64, 32, 4, 1), LaunchConfig(32, 32, 8, 1))),
     **dict.fromkeys((89, 90), heads(LaunchConfig(64, 32, 4, 1), LaunchConfig(32, 32, 4, 1))),
-    100: heads(LaunchConfig(64, 32, 8, 1), LaunchConfig(32, 32, 4, 1)),
+    100: heads(LaunchConfig(64, 32, 8, 1), LaunchConfig(32, 32, 8, 1)),
 }
 SPARSE_QUERIES_FP32 = same_everywhere(heads(LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 32, 8, 1)))
 SPARSE_KEYS_FP32 = same_everywhere(heads(LaunchConfig(32, 32, 8, 1), LaunchConfig(16, 16, 8, 1)))
@@ -160,15 +160,12 @@ FP8_VALUES_MASKED = {
 
 # FP4 weights are rounded in tiles of 64 keys: that tile is part of the number format and no choice. Of float32, the
 # gradient of the keys spills at every tile but these.
-FP4_SMALL = heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1))
 FP4_FORWARD = {
-    **dict.fromkeys(
-        (80, 89), heads(LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1))
-    ),
-    **dict.fromkeys(
-        (90, 100), heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1))
-    ),
-    120: FP4_SMALL,
+    80: heads(LaunchConfig(32, 64, 4, 1), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1)),
+    89: heads(LaunchConfig(32, 64, 4, 1), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1)),
+    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1)),
+    100: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1)),
+    120: heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
 }
 FP4_QUERIES = {
     80: heads(LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
@@ -178,13 +175,21 @@ FP4_QUERIES = {
     120: heads(LaunchConfig(32, 64, 4, 1), LaunchConfig(64, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
 }
 FP4_KEYS = {
-    **same_everywhere(FP4_SMALL),
+    80: heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
+    89: heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
     90: heads(LaunchConfig(64, 64, 4, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
+    100: heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
+    120: heads(LaunchConfig(16, 64, 8, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
+}
+FP4_KEYS_MASKED = {
+    **FP4_KEYS,
+    89: heads(LaunchConfig(16, 64, 8, 2), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
 }
 FP4_QUERIES_FP32 = same_everywhere(heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)))
 FP4_FORWARD_FP32 = {
     **same_everywhere(heads(LaunchConfig(16, 64, 8, 1), LaunchConfig(16, 64, 8, 1))),
     90: heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
+    100: heads(LaunchConfig(32, 64, 4, 1), LaunchConfig(16, 64, 8, 1)),
 }
 FP4_KEYS_FP32 = dict.fromkeys((90, 100), heads(LaunchConfig(16, 64, 8, 1)))
 
@@ -218,6 +223,7 @@ LAUNCH: dict[str, dict[int, dict[int, LaunchConfig]]] = {
     "fp4_forward": FP4_FORWARD,
     "fp4_forward_fp32": FP4_FORWARD_FP32,
     "fp4_keys": FP4_KEYS,
+    "fp4_keys_masked": FP4_KEYS_MASKED,
     "fp4_keys_fp32": FP4_KEYS_FP32,
     "fp4_queries": FP4_QUERIES,
     "fp4_queries_fp32": FP4_QUERIES_FP32,

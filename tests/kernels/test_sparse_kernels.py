@@ -7,8 +7,10 @@ from kernels.sparse_masks import random_mask, to, window_mask
 from torch import Tensor
 
 from diffusion_opt.kernels.block_sparse import attention_op, block_sparse_attention
+from diffusion_opt.kernels.launch import LaunchConfig
 from diffusion_opt.kernels.masks import BlockMask
 from diffusion_opt.kernels.reference import dense
+from diffusion_opt.kernels.softmax_tiles import fitted
 
 pytestmark = pytest.mark.interpreted
 
@@ -117,3 +119,18 @@ def test_what_no_kernel_can_do_is_refused(device):
         block_sparse_attention(q, k, v, to(random_mask(60, 60, 20, 20), device))
     with pytest.raises(ValueError, match=r"got torch.float64"):
         block_sparse_attention(q.double(), k.double(), v.double(), to(random_mask(60, 60, 32, 32), device))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "owns_keys", "cut"),
+    [
+        ((128, 128), False, (128, 64, 8)),
+        ((64, 128), False, (64, 64, 4)),
+        ((64, 128), True, (64, 64, 8)),
+        ((128, 96), True, (128, 32, 4)),
+        ((16, 16), False, (16, 16, 4)),
+    ],
+)
+def test_a_launch_choice_is_cut_to_the_blocks_of_a_mask(blocks, owns_keys, cut):
+    """Fewer rows of what a program owns have fewer warps, but never less than the four of a group."""
+    assert fitted(LaunchConfig(128, 64, 8, 2), *blocks, owns_keys) == LaunchConfig(*cut, 2)
