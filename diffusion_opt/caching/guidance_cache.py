@@ -33,7 +33,7 @@ from diffusion_opt.caching.generation import DEFAULT_CONTEXT, Generation, Kind, 
 from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, remove_hook
 from diffusion_opt.caching.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName
 from diffusion_opt.caching.report import StepCacheReport
-from diffusion_opt.caching.stack import attached_cut, check_ordinary_passes
+from diffusion_opt.caching.stack import attached_cut, check_whole_passes
 from diffusion_opt.caching.technique import check_one_transformer, check_predictor
 from diffusion_opt.models.block_stack import block_stack
 
@@ -55,11 +55,11 @@ class GuidanceCache:
     def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
         """Put the cache on the pipeline's transformer and return the pipeline.
 
-        Raises ValueError for a transformer of an unknown family or with a guidance cache, a region cache or a compiled
-        schedule on it, and for a pipeline with a second transformer.
+        Raises ValueError for a transformer of an unknown family or with a guidance cache or a region cache on it, and
+        for a pipeline with a second transformer.
         """
         check_one_transformer(pipe)
-        check_ordinary_passes(pipe.transformer)
+        check_whole_passes(pipe.transformer)
         hook = _GuidanceHook(pipe.transformer, self.every, PREDICTORS[self.predictor], pipe)
         if _attached(pipe) is not None:
             raise ValueError("a guidance cache is already on this transformer: remove it before you apply another")

@@ -159,16 +159,15 @@ def check_can_cut(transformer: object) -> BlockStack:
         raise ValueError("diffusers' own cache is enabled on this transformer: call transformer.disable_cache() first")
     if attached_cut(transformer) is not None:
         raise ValueError("a step cache is already on this transformer: remove it before you apply another")
-    check_ordinary_passes(transformer)
+    if COMPILED_HOOK_NAME in getattr(getattr(transformer, "_diffusers_hook", None), "hooks", {}):
+        raise ValueError("a compiled schedule is already on this transformer: remove it before you apply another cache")
+    check_whole_passes(transformer)
     return family
 
 
-def check_ordinary_passes(transformer: object) -> None:
-    """Raise ValueError if a cache is on this transformer beside which no other one can stand."""
-    hooks = getattr(getattr(transformer, "_diffusers_hook", None), "hooks", {})
-    if COMPILED_HOOK_NAME in hooks:
-        raise ValueError("a compiled schedule is already on this transformer: remove it before you apply another cache")
-    if REGION_HOOK_NAME in hooks:
+def check_whole_passes(transformer: object) -> None:
+    """Raise ValueError if a region cache is on this transformer: its passes differ in their tokens."""
+    if REGION_HOOK_NAME in getattr(getattr(transformer, "_diffusers_hook", None), "hooks", {}):
         raise ValueError("a region cache is on this transformer, whose passes differ in size: remove it first")
 
 
