@@ -28,9 +28,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from diffusion_opt.caching.generation import DEFAULT_CONTEXT, Kind, Schedule
-from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, remove_hook
+from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
 from diffusion_opt.caching.pass_functions import FullPass, SkippedPass
-from diffusion_opt.caching.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName
+from diffusion_opt.caching.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName, keep_anchor
 from diffusion_opt.caching.report import StepCacheReport
 from diffusion_opt.caching.rules.fixed import marks
 from diffusion_opt.caching.stack import COMPILED_HOOK_NAME, check_can_cut
@@ -92,10 +92,7 @@ class _ScheduleHook(InstanceHook):
             predicted = self.predictor.with_anchors(len(anchors)).predict(anchors, time)
             return self._own(self.skip(call, predicted))
         output, residual = self._own(self.full(call))
-        if anchors and anchors[-1].time == time:  # a scheduler that calls twice at one time
-            anchors.pop()
-        anchors.append(Anchor(time, residual))
-        del anchors[: -self.predictor.num_anchors]
+        keep_anchor(anchors, Anchor(time, residual), self.predictor.num_anchors)
         return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -206,5 +203,4 @@ def compiled_schedule_report(pipe: DiffusionPipeline) -> StepCacheReport:
 
 
 def _attached(pipe: DiffusionPipeline) -> "_ScheduleHook | None":
-    registry = getattr(pipe.transformer, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(COMPILED_HOOK_NAME)
+    return hook_on(pipe.transformer, COMPILED_HOOK_NAME)

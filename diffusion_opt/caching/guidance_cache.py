@@ -30,8 +30,8 @@ from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
 from diffusion_opt.caching.generation import DEFAULT_CONTEXT, Generation, Kind, Schedule
-from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, remove_hook
-from diffusion_opt.caching.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName
+from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
+from diffusion_opt.caching.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName, keep_anchor
 from diffusion_opt.caching.report import StepCacheReport
 from diffusion_opt.caching.stack import attached_cut, check_whole_passes
 from diffusion_opt.caching.technique import check_one_transformer, check_predictor
@@ -85,8 +85,7 @@ def guidance_cache_report(pipe: DiffusionPipeline) -> StepCacheReport:
 
 
 def _attached(pipe: DiffusionPipeline) -> "_GuidanceHook | None":
-    registry = getattr(pipe.transformer, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(HOOK_NAME)
+    return hook_on(pipe.transformer, HOOK_NAME)
 
 
 @dataclass(slots=True)
@@ -191,11 +190,9 @@ class _GuidanceHook(InstanceHook):
     def _keep_difference(self, state: _State, differences: list[Anchor], time: float, output: Any) -> None:
         if state.first_time != time or not state.first_ran:
             return
-        if differences and differences[-1].time == time:  # a scheduler that calls twice at one time
-            differences.pop()
         pairs = zip(state.first, _tensors(output), strict=True)
-        differences.append(Anchor(time, {str(i): first[-len(own) :] - own for i, (first, own) in enumerate(pairs)}))
-        del differences[: -self.predictor.num_anchors]
+        difference = {str(i): first[-len(own) :] - own for i, (first, own) in enumerate(pairs)}
+        keep_anchor(differences, Anchor(time, difference), self.predictor.num_anchors)
 
     def _forecast(self, state: _State, differences: list[Anchor], time: float) -> Any:
         """The outputs of the spared pass, in the form of the first one's."""

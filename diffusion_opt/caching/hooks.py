@@ -102,6 +102,12 @@ class InstanceHook(ModelHook):
         )
 
 
+def hook_on(module: object, name: str) -> ModelHook | None:
+    """The hook of this name on a module, if any."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(name)
+
+
 def remove_hook(module: nn.Module, name: str) -> None:
     """Take a hook off a module, and what diffusers leaves behind: an empty registry and a bound `forward`."""
     registry = module._diffusers_hook

@@ -40,6 +40,14 @@ class Anchor:
     residual: Streams
 
 
+def keep_anchor(anchors: list[Anchor], new: Anchor, most: int) -> None:
+    """Append an anchor to the last `most`; it replaces one of its time, as a scheduler that calls twice leaves it."""
+    if anchors and anchors[-1].time == new.time:
+        anchors.pop()
+    anchors.append(new)
+    del anchors[:-most]
+
+
 @dataclass(frozen=True, slots=True)
 class Extrapolation:
     """The polynomial of a given order through the last `order + 1` anchors."""

@@ -21,10 +21,11 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from diffusion_opt.caching.predictors import PREDICTORS, PredictorName
+from diffusion_opt.caching.predictors import PredictorName
 from diffusion_opt.caching.recording import GenerationTask, record, relative_error
 from diffusion_opt.caching.rules import FixedSchedule
 from diffusion_opt.caching.segment_costs import NONE, SegmentCosts, amplification, judged_as, segment_costs
+from diffusion_opt.caching.technique import check_predictor
 
 Mask = tuple[bool, ...]
 Objective = Literal["sum", "minimax"]
@@ -170,8 +171,7 @@ class SearchSettings:
     seed: int = 0  # of the climb's moves
 
     def __post_init__(self) -> None:
-        if self.predictor not in PREDICTORS:
-            raise ValueError(f"predictor must be one of {', '.join(PREDICTORS)}, got {self.predictor!r}")
+        check_predictor(self.predictor)
         if self.max_gap < 2:
             raise ValueError(f"max_gap must be at least 2 (skip one step in two), got {self.max_gap}")
         if self.amplify_every < 0 or self.trials < 0:

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, remove_hook
+from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
 from diffusion_opt.models.block_stack import BlockStack, Given, Streams, block_stack
 
 HOOK_NAME = "diffusion_opt_step_cache"
@@ -159,7 +159,7 @@ def check_can_cut(transformer: object) -> BlockStack:
         raise ValueError("diffusers' own cache is enabled on this transformer: call transformer.disable_cache() first")
     if attached_cut(transformer) is not None:
         raise ValueError("a step cache is already on this transformer: remove it before you apply another")
-    if COMPILED_HOOK_NAME in getattr(getattr(transformer, "_diffusers_hook", None), "hooks", {}):
+    if hook_on(transformer, COMPILED_HOOK_NAME) is not None:
         raise ValueError("a compiled schedule is already on this transformer: remove it before you apply another cache")
     check_whole_passes(transformer)
     return family
@@ -167,14 +167,13 @@ def check_can_cut(transformer: object) -> BlockStack:
 
 def check_whole_passes(transformer: object) -> None:
     """Raise ValueError if a region cache is on this transformer: its passes differ in their tokens."""
-    if REGION_HOOK_NAME in getattr(getattr(transformer, "_diffusers_hook", None), "hooks", {}):
+    if hook_on(transformer, REGION_HOOK_NAME) is not None:
         raise ValueError("a region cache is on this transformer, whose passes differ in size: remove it first")
 
 
 def attached_cut(transformer: nn.Module) -> StackCut | None:
     """The cut that is on a transformer, if any."""
-    registry = getattr(transformer, "_diffusers_hook", None)
-    hook = None if registry is None else registry.get_hook(HOOK_NAME)
+    hook = hook_on(transformer, HOOK_NAME)
     return None if hook is None else hook.cut
 
 

@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffusion_opt.caching.generation import DEFAULT_CONTEXT, Generation, Kind, Schedule
-from diffusion_opt.caching.predictors import Anchor, Extrapolation
+from diffusion_opt.caching.predictors import Anchor, Extrapolation, keep_anchor
 from diffusion_opt.caching.report import StepCacheReport
 from diffusion_opt.caching.stack import StackPass
 from diffusion_opt.models.block_stack import Streams
@@ -128,10 +128,7 @@ class StepCache:
         if stack.probe is not None:
             rest = {stream: whole - stack.probe[stream] for stream, whole in residual.items()}
         anchors = state.anchors[name]
-        if anchors and anchors[-1].time == stack.time:  # a scheduler that calls twice at one time
-            anchors.pop()
-        anchors.append(Anchor(stack.time, rest))
-        del anchors[: -self.predictor.num_anchors]
+        keep_anchor(anchors, Anchor(stack.time, rest), self.predictor.num_anchors)
 
     def finished(self, stack: StackPass, output: Tensor) -> None:
         state = self._thread.state

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from diffusion_opt.caching.generation import DEFAULT_CONTEXT
-from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, remove_hook
+from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
 from diffusion_opt.caching.region.attention import Board, exchange_processors
 from diffusion_opt.caching.region.detect import bucket_size
 from diffusion_opt.caching.region.families import Call, Family, Forward, Velocity, family_of
@@ -268,8 +268,7 @@ def attach(
 
 
 def _hook_on(transformer: nn.Module) -> _RegionHook | None:
-    registry = getattr(transformer, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(REGION_HOOK_NAME)
+    return hook_on(transformer, REGION_HOOK_NAME)
 
 
 def has_session(transformer: nn.Module, policy: type) -> bool:
@@ -291,5 +290,5 @@ def attached_session(transformer: nn.Module) -> RegionSession:
 def detach(transformer: nn.Module) -> None:
     """Take the region cache off again. Raises ValueError if there is none."""
     attached_session(transformer)
-    transformer._diffusers_hook.get_hook(REGION_HOOK_NAME).restore()
+    hook_on(transformer, REGION_HOOK_NAME).restore()
     remove_hook(transformer, REGION_HOOK_NAME)

@@ -21,7 +21,7 @@ from diffusion_opt.datasets import ImageData
 from diffusion_opt.distillation.trainer import Role
 from diffusion_opt.distillation.trajectory.flow_map import hop_target, limit_target, normalized_tangent
 from diffusion_opt.distillation.trajectory.ode_distillation import pseudo_huber
-from diffusion_opt.flow import ClassCondition, VelocityModel, interpolate, randn, velocity_target
+from diffusion_opt.flow import ClassCondition, VelocityModel, expand_time, interpolate, randn, velocity_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class FlowMapDistillation:
         settings = self.settings
         velocity = from_data if settings.velocity == "data" else self.teacher(x_t, t, condition)
         if settings.velocity == "student":
-            velocity = torch.where(_column(s < t, x_t), jump(x_t, t, s), velocity)
+            velocity = torch.where(expand_time(t - s, x_t) > 0, jump(x_t, t, s), velocity)
         if settings.hop in ("random", "half"):
             return hop_target(x_t, t, s, r, velocity, jump)
         exact = settings.hop == "jvp"
@@ -128,7 +128,3 @@ def sample_times(
     low, high = (math.log(n) for n in settings.hops)
     s = t - torch.exp(-(low + (high - low) * z))
     return t, torch.maximum(s, r), r
-
-
-def _column(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.reshape(-1, *[1] * (x.ndim - 1))
