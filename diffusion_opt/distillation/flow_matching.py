@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_opt.datasets import ImageData
-from diffusion_opt.distillation.trainer import Role
 from diffusion_opt.flow import ClassCondition, interpolate, logit_normal_times, randn, velocity_target
+from diffusion_opt.training import Role
 
 
 @dataclass

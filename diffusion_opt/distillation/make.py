@@ -16,10 +16,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusion_opt.datasets import ImageData, load_fashion_mnist
 from diffusion_opt.distillation.distribution import DistributionMatching
 from diffusion_opt.distillation.flow_matching import FlowMatching
-from diffusion_opt.distillation.trainer import TrainConfig, TrainResult, train
 from diffusion_opt.distillation.trajectory import OdeDistillation, PairConfig, generate_pairs
 from diffusion_opt.flow import Guided
 from diffusion_opt.models import SIZES, TinyFlux2Pipeline, build_pipeline, load, velocity_model
+from diffusion_opt.training import TrainConfig, TrainResult, train
 
 # Measured results: the model's card, data/models/<name>/README.md.
 TEACHERS = {

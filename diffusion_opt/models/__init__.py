@@ -5,6 +5,7 @@ from diffusion_opt.models.build import SIZES, TinyFlux2Config, build_pipeline
 from diffusion_opt.models.flow_map import flow_map_transformer
 from diffusion_opt.models.flux2 import Flux2Velocity, TokenCondition, position_ids, velocity_model
 from diffusion_opt.models.pipeline import ClassEmbedder, PixelShuffleVAE, TinyFlux2Pipeline
+from diffusion_opt.models.points import PointVelocity
 from diffusion_opt.models.schedulers import FlowMatchAdamsBashforthScheduler
 from diffusion_opt.models.zoo import SHIPPED, ShippedModel, load, ship
 
@@ -16,6 +17,7 @@ __all__ = [
     "FlowMatchAdamsBashforthScheduler",
     "Flux2Velocity",
     "PixelShuffleVAE",
+    "PointVelocity",
     "ShippedModel",
     "Streams",
     "TinyFlux2Config",

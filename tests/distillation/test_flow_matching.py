@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from diffusion_opt.datasets import FASHION_CLASSES, ImageData
 from diffusion_opt.distillation.flow_matching import FlowMatching
-from diffusion_opt.distillation.trainer import TrainConfig, step_generator, train
 from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity
+from diffusion_opt.training import TrainConfig, step_generator, train
 
 CLASSES = ("left", "right")
 

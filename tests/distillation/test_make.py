@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_pipelines import small_pipeline
 
-from diffusion_opt.distillation import TrainConfig
+from diffusion_opt.training import TrainConfig
 from diffusion_opt.distillation.make import STUDENTS, TEACHERS, make_matched_student, make_student, make_teacher
 from diffusion_opt.distillation.trajectory import PairConfig
 from diffusion_opt.models import SIZES, TinyFlux2Config, load

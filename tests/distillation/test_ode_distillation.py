@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_opt.distillation import TrainConfig, step_generator, train
+from diffusion_opt.training import TrainConfig, step_generator, train
 from diffusion_opt.distillation.trajectory import OdeDistillation, OdePairs, pseudo_huber
 from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, expand_time
 

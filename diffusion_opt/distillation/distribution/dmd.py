@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.distillation.trainer import Role
 from diffusion_opt.flow import (
     ClassCondition,
     VelocityModel,
@@ -30,6 +29,7 @@ from diffusion_opt.flow import (
     randn,
     velocity_target,
 )
+from diffusion_opt.training import Role
 
 
 def dmd_gradient(

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_opt.datasets import ImageData
-from diffusion_opt.distillation.trainer import Role
 from diffusion_opt.distillation.trajectory.flow_map import hop_target, limit_target, normalized_tangent
 from diffusion_opt.distillation.trajectory.ode_distillation import pseudo_huber
 from diffusion_opt.flow import ClassCondition, VelocityModel, expand_time, interpolate, randn, velocity_target
+from diffusion_opt.training import Role
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.distillation.trainer import Role
 from diffusion_opt.distillation.trajectory.pairs import OdePairs
 from diffusion_opt.flow import ClassCondition, expand_time
+from diffusion_opt.training import Role
 
 
 def pseudo_huber(difference: Float[Tensor, "b *s"], scale: float = 0.03) -> Float[Tensor, " b"]:

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion_opt.distillation.training_log import TrainingLog
+from diffusion_opt.training.log import TrainingLog
 
 CHECKPOINT = "checkpoint"
 SAME_TO_RESUME = ("batch_size", "learning_rate", "warmup_steps", "betas", "clip_norm", "ema_decay", "seed")

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffusion_opt.distillation import trainer
-from diffusion_opt.distillation.trainer import Role, TrainConfig, TrainResult, step_generator, train
+from diffusion_opt.training import Role, TrainConfig, TrainResult, step_generator, train, trainer
 
 SETTINGS = {"batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_seconds": 1e9, "log_every": 2}
 
