@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_opt.training import TrainConfig, train
 from diffusion_opt.distillation.distribution import DistributionMatching, dmd_gradient, dmd_loss, fake_score_loss
 from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, clean_from_velocity, expand_time, interpolate
+from diffusion_opt.training import TrainConfig, train
 
 
 def clean_predictions(*shape: int) -> tuple[torch.Tensor, ...]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_pipelines import small_pipeline
 
-from diffusion_opt.training import TrainConfig
 from diffusion_opt.distillation.make import STUDENTS, TEACHERS, make_matched_student, make_student, make_teacher
 from diffusion_opt.distillation.trajectory import PairConfig
 from diffusion_opt.models import SIZES, TinyFlux2Config, load
+from diffusion_opt.training import TrainConfig
 
 BRIEF = TrainConfig(steps=2, batch_size=4, warmup_steps=1)
 PAIRS = PairConfig(num_pairs=8, guidance_scale=2.0, num_rungs=2, num_steps=2)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_opt.training import TrainConfig, step_generator, train
 from diffusion_opt.distillation.trajectory import OdeDistillation, OdePairs, pseudo_huber
 from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, expand_time
+from diffusion_opt.training import TrainConfig, step_generator, train
 
 TIMES = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
 
