@@ -6,33 +6,13 @@ calibrated here is saved with a `CalibratedRun`, which is compared with the pipe
 is applied, the rest when a generation begins.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
-from torch import nn
 
-from diffusion_opt.models.block_stack import block_stack
+from diffusion_opt.models.fingerprint import fingerprint
 
 TIMESTEP_TOLERANCE = 0.05  # of 1,000: far below a step of any grid, above rounding
-
-
-def fingerprint(transformer: nn.Module) -> str:
-    """Which model this is: a digest of its configuration and of the weights outside its blocks.
-
-    Blocks are left out on purpose: quantizing them makes no other model of it, and embedders and modulation alone tell
-    checkpoints apart. Also fast, on the largest models too.
-    """
-    digest = hashlib.sha256(transformer.__class__.__name__.encode())
-    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    inside = {id(parameter) for block in block_stack(transformer).blocks for parameter in block.parameters()}
-    for name, weight in sorted(transformer.named_parameters()):
-        if id(weight) not in inside:
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import tyro
 
 from diffusion_opt.cli import cache, kernels
 from diffusion_opt.cli.demo import demo, doctor
+from diffusion_opt.cli.quantize import quantize
 from diffusion_opt.cli.training import distill, train
 
 
@@ -29,6 +30,7 @@ COMMANDS = {
     "demo": demo,
     "train": train,
     "distill": distill,
+    "quantize": quantize,
     "cache": _group(
         "Step caches: measure a model, search its schedule, compare with running fewer steps.",
         {"calibrate": cache.calibrate, "search": cache.search, "compare": cache.compare},

@@ -1,11 +1,14 @@
 """`diffusion-opt train` and `diffusion-opt distill`: make the teacher and its students."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from diffusion_opt.cli.options import RUNS, Device, settle, writable
+
+if TYPE_CHECKING:
+    from diffusion_opt.training import TrainResult
 
 
 def train(
@@ -37,70 +40,115 @@ def train(
 
     device = settle(device, threads)
     from diffusion_opt.distillation.make import TEACHERS, make_teacher
+    from diffusion_opt.training import process_group
 
     config = replace(TEACHERS[model], seed=seed)
     if minutes is not None or steps is not None:
         config = replace(config, minutes=minutes, steps=steps)
     out = out or RUNS / f"teacher-{model}"
     writable(out)
-    _, result = make_teacher(model, config, out, device)
-    _say(result, out)
+    with process_group(device) as among:
+        _, result = make_teacher(model, config, out, device)
+        if among.is_main:
+            _say(result, out)
 
 
 def distill(
-    steps: Literal[1, 4],
+    steps: int,
     teacher: str = "fashion",
-    method: Literal["ode", "dmd2"] = "ode",
+    method: str = "ode",
     start: str | None = None,
     minutes: float | None = None,
-    pairs: int | None = None,
+    updates: int | None = None,
+    clock: Literal["wall", "process"] = "wall",
+    precision: Literal["float32", "bfloat16"] = "float32",
     guidance: float | None = None,
+    pairs: int | None = None,
+    data_limit: int | None = None,
+    classes: tuple[str, ...] = (),
+    lora: int | None = None,
     seed: int = 0,
     out: Path | None = None,
     threads: int | None = None,
     device: Device = "auto",
 ) -> None:
-    """Distill a few-step student from a teacher; run it again to resume.
+    """Distill a few-step student from a teacher; run it again to resume. Ctrl-C saves and stops.
 
-    First `--method ode`, which follows the teacher's trajectories; then, for one step, `--method dmd2` can bring the
-    student's distribution closer to the teacher's.
+    `torchrun --nproc-per-node 8 -m diffusion_opt.cli distill …` shares each batch among processes.
+
+    Methods that follow the teacher's paths:
+        guidance: one pass does the work of the two of guidance; as many steps as the teacher.
+        ode: regression along stored paths of the teacher (knowledge distillation).
+        reflow: straight lines between noise and the picture that the teacher makes of it.
+        progressive: half as many steps with each stage, 8, 4, 2, 1; all students of the way are kept.
+        flow_map: jumps between any two times: one student for 1, 2, 4 and more steps.
+        shortcut: a flow map that learns each jump from two of its own, half as long.
+        mean_flow: a flow map in the limit of short hops, by a Jacobian-vector product.
+        mean_flow_difference: the same by a difference of two passes, for kernels without such a product.
+        mean_flow_data: the same, taught by the images and not by the teacher.
+        consistency: jumps from any time to the picture, taught by the teacher's short hops.
+        consistency_training: the same, with hops along the images and not along the teacher's path.
+        scm: consistency in the limit of short hops, its tangent scaled.
+        lcm: consistency with the guidance scale as an input of the student.
+
+    Methods that match the teacher's distribution; they start from a student, which is made first if it is not there:
+        dmd2: moves the student's distribution to the teacher's; a fake score follows the student.
+        dmd2_gan: the same, with a discriminator that sees real pictures.
+        f_distill: the same, with weights that make it descend the forward KL and so cover modes.
+        sid: descends the difference of the two scores itself, through both networks.
+        ladd: a discriminator on the teacher's features alone, student against real pictures.
+        rcm: distribution matching and a loss along the teacher's path together.
 
     Args:
-        steps: network passes the student makes for an image.
+        steps: of the student; each is one network pass.
         teacher: shipped name or folder of the teacher.
-        method: ode: regression along the teacher's guided ODE trajectories; dmd2: distribution matching, one step.
-        start: the one-step student that dmd2 starts from; default runs/<teacher>-1step/pipeline.
-        minutes: training time in all, without the making of trajectories.
-        pairs: trajectories to make.
+        method: one of the names above.
+        start: student to start from (shipped name or folder); default: the teacher, or what the method needs.
+        minutes: training time in all, without trajectories and start; default: the method's own.
+        updates: optimizer steps in all, repeatable to the bit; with minutes, the first one reached.
+        clock: what minutes count: wall time, or CPU time of the process.
+        precision: of matrix products; bfloat16 is faster on GPUs and on CPUs with AMX, far slower on others.
         guidance: guidance scale that is distilled into the student; default: the teacher's own.
+        pairs: trajectories to make, for methods that learn from them.
+        data_limit: number of training images to use; default: all.
+        classes: use images of these classes only.
+        lora: train adapters of this rank only and fold them in at the end.
         seed: of trajectories and batches.
-        out: working folder; default runs/<teacher>-<steps>step, with -dmd2 behind it for that method.
+        out: working folder; default runs/<teacher>-<steps>step-<method>, see the last line of the output.
         threads: CPU threads of torch; default: torch's own choice.
         device: where to train; auto takes the GPU if there is one.
     """
     from dataclasses import replace
 
     device = settle(device, threads)
-    from diffusion_opt.distillation.make import MATCHED, PAIRS, STUDENTS, make_matched_student, make_student
+    from diffusion_opt.distillation.make import StudentPlan, make_student
+    from diffusion_opt.distillation.methods import PAIRS, method_named
+    from diffusion_opt.distillation.starts import pairs_folder, usual_folder, with_start
     from diffusion_opt.models import load
+    from diffusion_opt.training import process_group
 
-    if method == "dmd2" and steps != 1:
-        raise ValueError(f"--method dmd2 makes one-step students, got --steps {steps}")
-    preset = STUDENTS[steps] if method == "ode" else MATCHED
-    config = replace(preset, seed=seed, minutes=minutes or preset.minutes)
-    guidance = guidance or load(teacher).config.default_guidance
-    name = Path(teacher).name
-    out = out or RUNS / (f"{name}-{steps}step" + ("-dmd2" if method == "dmd2" else ""))
+    name, chosen = method.replace("-", "_"), method_named(method)
+    if guidance is None:
+        guidance = load(teacher).config.default_guidance
+    plan = StudentPlan(teacher, name, steps, guidance, start, None, data_limit, classes, lora)
+    if pairs is not None or (chosen.pairs and seed):
+        number = PAIRS.num_pairs if pairs is None else pairs
+        plan = replace(plan, pairs=replace(PAIRS, seed=seed, guidance_scale=guidance, num_pairs=number))
+    config = replace(chosen.presets[steps], seed=seed, clock=clock, precision=precision)
+    if minutes is not None or updates is not None:
+        config = replace(config, minutes=minutes, steps=updates)
+    out = out or usual_folder(plan, RUNS)
     writable(out)
-    if method == "ode":
-        pair_config = replace(PAIRS, seed=seed, guidance_scale=guidance, num_pairs=pairs or PAIRS.num_pairs)
-        _, result = make_student(teacher, steps, config, pair_config, out, RUNS / f"{name}-pairs", device)
-    else:
-        start = start or str(RUNS / f"{name}-1step" / "pipeline")
-        _, result = make_matched_student(teacher, start, config, guidance, out, device)
-    _say(result, out)
+    with process_group(device) as among:
+        plan, ready = with_start(plan, RUNS, seed, device)
+        if ready:
+            _, result = make_student(plan, config, out, pairs_folder(plan, RUNS), device)
+        if among.is_main:
+            print("stopped; run the same command to go on") if not ready else _say(result, out)
 
 
-def _say(result, out: Path) -> None:
+def _say(result: "TrainResult", out: Path) -> None:
     state = "finished" if result.finished else "stopped; run the same command to go on"
+    if result.alarm is not None:
+        state = f"ended by an alarm, {result.alarm},"
     print(f"{state} after {result.step:,} steps and {result.seconds / 60:.1f} minutes; pipeline in {out / 'pipeline'}")

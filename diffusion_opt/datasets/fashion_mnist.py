@@ -39,9 +39,12 @@ _FILES = {"train": "train", "test": "t10k"}
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labeled images: `images` (N, channels, height, width) in [-1, 1], `labels` (N,) in 0 … number of classes - 1."""
+    """Labeled images: `images` (N, channels, height, width) in [-1, 1], `labels` (N,) in 0 … number of classes - 1.
 
-    images: Float[Tensor, "n c h w"]
+    Methods that learn from data ask for no more than this, so points (N, 2) of a mixture may stand for the images.
+    """
+
+    images: Float[Tensor, "n *s"]
     labels: Int[Tensor, " n"]
     class_names: tuple[str, ...]
 

@@ -5,6 +5,7 @@ from diffusion_opt.evaluation.distances import frechet_distance, kernel_distance
 from diffusion_opt.evaluation.features import METRIC_NAME, FashionFeatures, embed, load_features
 from diffusion_opt.evaluation.machine import machine
 from diffusion_opt.evaluation.measurement import Measurement, Protocol, Rung, measure_together, speedup
+from diffusion_opt.evaluation.point_distances import mmd, sliced_wasserstein
 from diffusion_opt.evaluation.quality import Quality, TeacherGap, compare, quality, teacher_gap
 from diffusion_opt.evaluation.reference import Reference, floor_distance, load_reference
 from diffusion_opt.evaluation.speed import StoresPacked, Timing, interleaved, peak_memory, timed, weight_bytes
@@ -33,10 +34,12 @@ __all__ = [
     "load_reference",
     "machine",
     "measure_together",
+    "mmd",
     "moments",
     "peak_memory",
     "precision_recall",
     "quality",
+    "sliced_wasserstein",
     "speedup",
     "teacher_gap",
     "timed",

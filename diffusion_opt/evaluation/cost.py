@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-_HEAVY = re.compile(r"(^|_)(mm|bmm|addmm|baddbmm|matmul|gemm|linear|conv\w*|convolution|attention|sdpa|einsum)(_|$)")
+_HEAVY = re.compile(r"(^|_)(mm|bmm|addmm|baddbmm|matmul|gemm|q?linear|conv\w*|convolution|attention|sdpa|einsum)(_|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,7 @@ def _formulas() -> dict:
     """Formulas for operators that torch has but does not count, built anew for each count."""
     aten, quantized = torch.ops.aten, torch.ops.quantized
     products = (
+        torch.ops.onednn.qlinear_pointwise,
         quantized.linear,
         quantized.linear_dynamic,
         quantized.linear_relu_dynamic,

@@ -41,6 +41,8 @@ BACKENDS: dict[str, Precision] = {
     "diffopt-nvfp4": "nvfp4",
 }
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]  # (q, k, v, mask, scale) -> output
+
 # (name of the attention module, q, k) -> the tiles to compute, or None for all; q, k are (b, h, tokens, d)
 SparsityOf = Callable[[str, Tensor, Tensor], BlockMask | None]
 
@@ -50,8 +52,16 @@ _pattern: ContextVar[Callable[[Tensor, Tensor], BlockMask | None] | None] = Cont
 def register() -> None:
     """Teach diffusers the names in BACKENDS. Its default backend stays what it is; doing this twice changes nothing."""
     for name, precision in BACKENDS.items():
-        if name not in AttentionBackendName._value2member_map_:
-            _AttentionBackendRegistry.register(_new_member(name))(_backend(precision))
+        register_backend(name, partial(_attend, precision))
+
+
+def register_backend(name: str, attend: Attend) -> None:
+    """Teach diffusers one more name; doing it twice changes nothing.
+
+    `attend` gets q, k, v (batch, heads, tokens, head dimension), a mask or None, and the scale or None.
+    """
+    if name not in AttentionBackendName._value2member_map_:
+        _AttentionBackendRegistry.register(_new_member(name))(_backend(attend))
 
 
 @contextmanager
@@ -73,10 +83,10 @@ def attention_backend(
     if sparsity is not None and BACKENDS[name] != "dense":
         raise ValueError(f"sparsity needs the backend 'diffopt-dense', got {name!r}: no kernel is both")
     register()
-    chosen = [module for part in _transformers(model) for module in _switchable(part, keep_dense)]
+    chosen = [module for part in transformers_of(model) for module in switchable(part, keep_dense)]
     with ExitStack() as undo:
         for processor in {id(module.processor): module.processor for _, module in chosen}.values():
-            undo.callback(_put_back, processor, vars(processor).copy())
+            undo.callback(put_back, processor, vars(processor).get("_attention_backend"))
             processor._attention_backend = AttentionBackendName(name)
         if sparsity is not None:
             for layer, module in chosen:
@@ -96,7 +106,15 @@ def _new_member(name: str) -> AttentionBackendName:
     return member
 
 
-def _backend(precision: Precision) -> Callable[..., Tensor]:
+def _attend(
+    precision: Precision, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Float[Tensor, "b h lq d"]:
+    pattern = _pattern.get()
+    sparsity = None if pattern is None else pattern(q, k)
+    return attention(q, k, v, mask, precision=precision, sparsity=sparsity, scale=scale)
+
+
+def _backend(attend: Attend) -> Callable[..., Tensor]:
     """The function that diffusers calls. It names every argument of the dispatcher, so that none is dropped unseen."""
 
     def run(
@@ -116,14 +134,12 @@ def _backend(precision: Precision) -> Callable[..., Tensor]:
             names = ", ".join(what for what, wanted in asked.items() if wanted)
             raise ValueError(f"the diffopt attention backends have no {names}; use diffusers' native backend")
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        pattern = _pattern.get()
-        sparsity = None if pattern is None else pattern(q, k)
-        return attention(q, k, v, attn_mask, precision=precision, sparsity=sparsity, scale=scale).transpose(1, 2)
+        return attend(q, k, v, attn_mask, scale).transpose(1, 2)
 
     return run
 
 
-def _transformers(model: DiffusionPipeline | nn.Module) -> list[nn.Module]:
+def transformers_of(model: DiffusionPipeline | nn.Module) -> list[nn.Module]:
     """The denoisers: of a pipeline `transformer`, and `transformer_2` where there are two of them (Wan 2.2)."""
     if isinstance(model, nn.Module):
         return [model]
@@ -134,7 +150,7 @@ def _transformers(model: DiffusionPipeline | nn.Module) -> list[nn.Module]:
     return found
 
 
-def _switchable(transformer: nn.Module, keep_dense: tuple[int, int]) -> list[tuple[str, nn.Module]]:
+def switchable(transformer: nn.Module, keep_dense: tuple[int, int]) -> list[tuple[str, nn.Module]]:
     """Attention modules by name, without those of the blocks to keep. Raises ValueError as `attention_backend` does."""
     found = [(name, module) for name, module in transformer.named_modules() if hasattr(module, "processor")]
     deaf = [name for name, module in found if not hasattr(module.processor, "_attention_backend")]
@@ -163,10 +179,10 @@ def _block_of(name: str) -> str:
     return ".".join(parts[: numbered[0] + 1]) if numbered else name
 
 
-def _put_back(processor: object, attributes: dict[str, object]) -> None:
-    """Give a processor the backend it had; one that came from its class is again read off the class."""
-    if "_attention_backend" in attributes:
-        processor._attention_backend = attributes["_attention_backend"]
+def put_back(processor: object, chosen: AttentionBackendName | None) -> None:
+    """Give a processor the backend that was chosen for it; None: it is again read off the class."""
+    if chosen is not None:
+        processor._attention_backend = chosen
     else:
         vars(processor).pop("_attention_backend", None)
 

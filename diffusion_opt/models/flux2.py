@@ -52,8 +52,8 @@ class Flux2Velocity(nn.Module):
 
     `transformer` and `embedder` are the pipeline's own modules, shared and not copied: training this trains them.
     `embedder` may be None when every condition comes as a `TokenCondition`. What a transformer with `guidance_embeds`
-    finds in that slot is either `guidance`, a scale (guidance-distilled models), or with `two_time` the length t - r of
-    the jump (flow maps, see `flow_map.py`); all others take neither.
+    finds in that slot is either `guidance`, a scale (guidance-distilled models; a call may bring its own), or with
+    `two_time` the length t - r of the jump (flow maps, see `flow_map.py`); all others take neither.
     """
 
     def __init__(
@@ -99,19 +99,25 @@ class Flux2Velocity(nn.Module):
         t: Float[Tensor, " b"],
         condition: ClassCondition | TokenCondition | None = None,
         r: Float[Tensor, " b"] | None = None,
+        guidance: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Velocity (B, C, H, W) at times t (B,), or the mean velocity of the jump from t to r for a flow map.
 
-        Raises ValueError without a condition, or with a target time r for a model that knows one time.
+        `guidance` is a scale for each sample, for models with a scale in the slot. Raises ValueError without a
+        condition, with a target time r for a model that knows one time, or with a scale for one that takes none.
         """
         if condition is None:
             raise ValueError("FLUX.2 always has a text stream: pass condition.drop() for no condition, not None")
         if r is not None and not self.two_time:
             raise ValueError("a stock FLUX.2 transformer knows one time; a target time r needs a flow-map student")
+        if guidance is not None and self.guidance is None:
+            raise ValueError("this transformer takes no guidance scale; a guidance-distilled student does")
         hidden_states, grid = self.pack(x_t)
         text = self.tokens(condition)
         txt_ids = Flux2KleinPipeline._prepare_text_ids(text[:1])[0].to(x_t.device, torch.float32)
-        slot = None if self.guidance is None else torch.full_like(t, self.guidance)
+        slot = guidance
+        if slot is None and self.guidance is not None:
+            slot = torch.full_like(t, self.guidance)
         if self.two_time:
             slot = torch.zeros_like(t) if r is None else t - r
         velocity = self.transformer(
@@ -129,8 +135,9 @@ class Flux2Velocity(nn.Module):
 def velocity_model(pipe: DiffusionPipeline, guidance: float | None = None) -> Flux2Velocity:
     """The pipeline's transformer as a `VelocityModel` on images in [-1, 1].
 
-    `guidance` as in `Flux2Velocity`. Raises TypeError for a pipeline whose transformer family has no adapter yet, or
-    whose VAE is a network: velocities live where noise is added, and that would then be its latents, not pixels.
+    `guidance` as in `Flux2Velocity`; a student with a `guidance_range` takes its default scale if none is given.
+    Raises TypeError for a pipeline whose transformer family has no adapter yet, or whose VAE is a network: velocities
+    live where noise is added, and that would then be its latents, not pixels.
     """
     if not isinstance(pipe.transformer, Flux2Transformer2DModel):
         raise TypeError(
@@ -139,4 +146,6 @@ def velocity_model(pipe: DiffusionPipeline, guidance: float | None = None) -> Fl
     if not isinstance(pipe.vae, PixelShuffleVAE):
         raise TypeError(f"a velocity on pixels needs a PixelShuffleVAE, got {type(pipe.vae).__name__}")
     two_time = bool(pipe.config.get("flow_map", False))
+    if guidance is None and pipe.config.get("guidance_range") is not None:
+        guidance = pipe.config.default_guidance
     return Flux2Velocity(pipe.transformer, getattr(pipe, "class_embedder", None), pipe.vae, guidance, two_time)

@@ -14,7 +14,7 @@ from the same embeddings.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -26,7 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion_opt.models.flow_map import scheduled_jumps
+from diffusion_opt.models.flow_map import fixed_guidance, scheduled_jumps
+from diffusion_opt.models.ladder import ladder_of, seeded_steps
 
 
 class PixelShuffleVAE(ModelMixin, ConfigMixin):
@@ -94,8 +95,10 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
     """Class names to images: `pipe("sneaker").images[0]`, or `pipe(["bag", "coat"], generator=g, output_type="pt")`.
 
     Steps and guidance scale default to what the weights were trained for (`default_steps`, `default_guidance` in
-    `model_index.json`); with `flow_map` each pass is told how far to jump. The rest of the call is that of
-    `Flux2KleinPipeline`. Images are (B, 1, H, W) in [0, 1] for `output_type="pt"`, PIL images otherwise.
+    `model_index.json`). With `flow_map` each pass is told how far to jump; with `guidance_range` (lowest, highest) the
+    scale is an input of the network, one pass a step; with `ladders` only the step counts and times of training are
+    served (`ladder.py`). The rest of the call is that of `Flux2KleinPipeline`. Images are (B, 1, H, W) in [0, 1] for
+    `output_type="pt"`, PIL images otherwise.
     """
 
     _optional_components: ClassVar = ["text_encoder", "tokenizer"]
@@ -112,6 +115,8 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
         default_steps: int = 50,
         default_guidance: float = 1.0,
         flow_map: bool = False,
+        ladders: Sequence[Sequence[float]] | None = None,
+        guidance_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
             scheduler=scheduler,
@@ -122,7 +127,13 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
             is_distilled=is_distilled,
         )
         self.register_modules(class_embedder=class_embedder)
-        self.register_to_config(default_steps=default_steps, default_guidance=default_guidance, flow_map=flow_map)
+        self.register_to_config(
+            default_steps=default_steps,
+            default_guidance=default_guidance,
+            flow_map=flow_map,
+            ladders=ladders,
+            guidance_range=guidance_range,
+        )
         self.default_sample_size = vae.config.sample_size // self.vae_scale_factor
 
     def encode_prompt(
@@ -157,15 +168,27 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
         guidance_scale: float | None = None,
         **kwargs: Any,
     ):
-        """Generate images; arguments and result as in `Flux2KleinPipeline.__call__`, with `prompt` first."""
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_steps
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance
+        """Generate images; arguments and result as in `Flux2KleinPipeline.__call__`, with `prompt` first.
+
+        Raises ValueError for a step count or a guidance scale the weights were not made for.
+        """
+        config = self.config
+        steps = config.default_steps if num_inference_steps is None else num_inference_steps
+        scale = config.default_guidance if guidance_scale is None else guidance_scale
         if isinstance(prompt, int):
             prompt = [prompt]
-        jumps = scheduled_jumps(self.transformer, self.scheduler) if self.config.flow_map else nullcontext()
-        with jumps:
-            return super().__call__(
-                prompt=prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **kwargs
-            )
+        if config.ladders is not None:
+            if kwargs.get("sigmas") is not None:
+                raise ValueError(f"sigmas are those of the student's ladders, {config.ladders}; got {kwargs['sigmas']}")
+            kwargs["sigmas"] = ladder_of(config.ladders, steps)
+        with ExitStack() as during:
+            during.enter_context(seeded_steps(self.scheduler, kwargs.get("generator")))
+            if config.flow_map:
+                during.enter_context(scheduled_jumps(self.transformer, self.scheduler))
+            if config.guidance_range is not None:
+                low, high = config.guidance_range
+                if not low <= scale <= high:
+                    raise ValueError(f"this student was trained for guidance {low:g} … {high:g}, got {scale:g}")
+                during.enter_context(fixed_guidance(self.transformer, scale))
+                scale = 1.0  # it is in the network; no second pass
+            return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=scale, **kwargs)

@@ -1,19 +1,55 @@
-"""Fewer bits: one layer policy, a real INT8 path on the CPU, and any format simulated through nvidia-modelopt."""
+"""Fewer bits: formats and one layer policy as data, formats simulated through nvidia-modelopt, real INT8 on a CPU."""
 
+from diffusion_opt.quantization.attention import LowPrecisionAttention
+from diffusion_opt.quantization.attention_gradient import low_precision_attention
+from diffusion_opt.quantization.bfloat16 import Bfloat16
+from diffusion_opt.quantization.export import export_bfl, load_published
+from diffusion_opt.quantization.formats import FORMATS, Format, Numbers, format_named
 from diffusion_opt.quantization.int8_cpu import DynamicInt8, DynamicInt8Linear
-from diffusion_opt.quantization.modelopt_ptq import ModeloptPTQ
+from diffusion_opt.quantization.packing import PackedLinear, pack
 from diffusion_opt.quantization.policy import POLICIES, LayerChoice, LayerPolicy, choose, policy_for
+from diffusion_opt.quantization.ptq import PTQ
+from diffusion_opt.quantization.qat import QAT, SelfDistillation, quantization_aware
+from diffusion_opt.quantization.range_record import LayerRanges, RangeRecord, record_ranges
 from diffusion_opt.quantization.report import QuantizationReport, quantization_report
+from diffusion_opt.quantization.simulate import restore, simulate, simulated_formats
+from diffusion_opt.quantization.storage import load_quantized, save_quantized
+from diffusion_opt.quantization.trajectory_points import TrajectoryPoints, trajectory_points, velocity_error
 
 __all__ = [
+    "FORMATS",
     "POLICIES",
+    "PTQ",
+    "QAT",
+    "Bfloat16",
     "DynamicInt8",
     "DynamicInt8Linear",
+    "Format",
     "LayerChoice",
     "LayerPolicy",
-    "ModeloptPTQ",
+    "LayerRanges",
+    "LowPrecisionAttention",
+    "Numbers",
+    "PackedLinear",
     "QuantizationReport",
+    "RangeRecord",
+    "SelfDistillation",
+    "TrajectoryPoints",
     "choose",
+    "export_bfl",
+    "format_named",
+    "load_published",
+    "load_quantized",
+    "low_precision_attention",
+    "pack",
     "policy_for",
+    "quantization_aware",
     "quantization_report",
+    "record_ranges",
+    "restore",
+    "save_quantized",
+    "simulate",
+    "simulated_formats",
+    "trajectory_points",
+    "velocity_error",
 ]

@@ -6,10 +6,12 @@ from typing import Literal
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from diffusion_opt.evaluation.speed import weight_bytes
 from diffusion_opt.quantization.int8_cpu import DynamicInt8Linear
+from diffusion_opt.quantization.packing import PackedLinear
 from diffusion_opt.quantization.policy import policy_for
 
-Kind = Literal["float", "simulated", "int8"]
+Kind = Literal["float", "simulated", "packed", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,10 @@ def quantization_report(pipe: DiffusionPipeline) -> QuantizationReport:
 
 
 def _describe(name: str, module: nn.Module) -> LayerReport | None:
-    if isinstance(module, DynamicInt8Linear):
-        floats = 4 * module.out_features * (module.in_features + module.has_bias)
-        return LayerReport(name, "int8", module.weight_bytes, floats)
+    if isinstance(module, DynamicInt8Linear | PackedLinear):
+        floats = 4 * module.out_features * (module.in_features + (module.bias is not None))
+        kind = "packed" if isinstance(module, PackedLinear) else "int8"
+        return LayerReport(name, kind, weight_bytes(module), floats)
     if not isinstance(module, nn.Linear):
         return None
     tensors = [tensor for tensor in (module.weight, module.bias) if tensor is not None]

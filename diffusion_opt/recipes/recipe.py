@@ -30,7 +30,7 @@ from diffusion_opt.caching import (
     StepTable,
     TeaCache,
 )
-from diffusion_opt.quantization import DynamicInt8, ModeloptPTQ
+from diffusion_opt.quantization import PTQ, Bfloat16, DynamicInt8, LowPrecisionAttention
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
 
 
@@ -58,19 +58,22 @@ class Kind:
     name: str
 
 
-WHAT, HOW, STORED, REUSED, SPARED, COMPILED = (
+WHAT, HOW, STORED, ATTENDED, REUSED, SPARED, COMPILED = (
     Kind(0, "network"),
     Kind(1, "solver"),
     Kind(2, "weights"),
-    Kind(3, "step cache"),
-    Kind(4, "guidance cache"),
-    Kind(5, "compilation"),
+    Kind(3, "attention"),
+    Kind(4, "step cache"),
+    Kind(5, "guidance cache"),
+    Kind(6, "compilation"),
 )
 TECHNIQUES: dict[str, tuple[type, Kind]] = {
     "student": (Student, WHAT),
     "solver": (Solver, HOW),
+    "bfloat16": (Bfloat16, STORED),
     "dynamic_int8": (DynamicInt8, STORED),
-    "modelopt_ptq": (ModeloptPTQ, STORED),
+    "ptq": (PTQ, STORED),
+    "low_precision_attention": (LowPrecisionAttention, ATTENDED),
     "fixed_interval": (FixedInterval, REUSED),
     "fixed_schedule": (FixedSchedule, REUSED),
     "tea_cache": (TeaCache, REUSED),

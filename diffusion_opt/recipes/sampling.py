@@ -83,7 +83,7 @@ class Student:
                 f"the pipeline a {type(pipe.transformer).__name__}"
             )
         parts = [name for name in ("transformer", "scheduler", "class_embedder") if hasattr(pipe, name)]
-        settings = ("is_distilled", "default_steps", "default_guidance")
+        settings = ("is_distilled", "default_steps", "default_guidance", "flow_map", "ladders", "guidance_range")
         _remember(
             pipe,
             self,

@@ -1,5 +1,18 @@
 """The training loop: one for teachers, students and quantized networks; a method brings its losses and its roles."""
 
-from diffusion_opt.training.trainer import Distiller, Role, TrainConfig, TrainResult, step_generator, train
+from diffusion_opt.training.config import TrainConfig, step_generator
+from diffusion_opt.training.distributed import Processes, process_group, processes, shard
+from diffusion_opt.training.trainer import Distiller, Role, TrainResult, train
 
-__all__ = ["Distiller", "Role", "TrainConfig", "TrainResult", "step_generator", "train"]
+__all__ = [
+    "Distiller",
+    "Processes",
+    "Role",
+    "TrainConfig",
+    "TrainResult",
+    "process_group",
+    "processes",
+    "shard",
+    "step_generator",
+    "train",
+]

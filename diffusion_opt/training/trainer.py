@@ -2,38 +2,35 @@
 
 A `Distiller` says what is trained and what the loss is; the loop does the rest: learning-rate schedule, gradient
 clipping, EMA, metrics (JSONL and TensorBoard), progress with images per second and time left, checkpoints, a clean
-stop on Ctrl-C or when the time is up, and resume.
+stop on Ctrl-C or when the time is up, and resume. It is the same loop for one process and for many (`distributed.py`).
 
-Resume is exact by construction: all randomness of step k comes from a generator seeded by (seed, k), and the learning
+Resume is exact by construction: all randomness of step k comes from generators seeded by (seed, k), and the learning
 rate is a function of k alone, so no random state needs saving and a run interrupted at any step and resumed gives the
 same weights, bit for bit, on one machine. (With `minutes` as the budget instead of `steps` the schedule follows the
-clock: still resumable, but not repeatable.) Checkpoints are safetensors plus JSON, written beside the old one and then
-swapped in, so that a crash while saving loses nothing.
+clock: still resumable, but not repeatable.)
 
 Exponential moving averages follow Karras et al. 2022 (arXiv 2206.00364): weights <- lerp(weights, new, 1 - decay) with
-a decay that starts low, min(decay, (1 + k) / (10 + k)), so that the average forgets its random start.
+a decay that starts low, min(decay, (1 + k) / (10 + k)), so that the average forgets its random start. The average of a
+sharded network is sharded in the same way.
 """
 
 import copy
-import json
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffusion_opt.training import checkpoint
+from diffusion_opt.training.checkpoint import TrainState
+from diffusion_opt.training.config import TrainConfig, shared_micro_batches, step_generator
+from diffusion_opt.training.distributed import Processes, is_sharded, local, processes, shard, whole
 from diffusion_opt.training.log import TrainingLog
-
-CHECKPOINT = "checkpoint"
-SAME_TO_RESUME = ("batch_size", "learning_rate", "warmup_steps", "betas", "clip_norm", "ema_decay", "seed")
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,12 @@ class Role:
 
 
 class Distiller(Protocol):
-    """What a method gives to the loop."""
+    """What a method gives to the loop.
+
+    A method may also have `alarm(step, values) -> str | None`: it sees the logged values of each step and says why the
+    run should end early, if it should. Processes see the same values and so decide the same. And it may have
+    `progress(share)`, which is told before each step what share of the budget is used.
+    """
 
     roles: dict[str, Role]  # what is trained, by name; the average of the first one is what ships
 
@@ -54,174 +56,124 @@ class Distiller(Protocol):
         ...
 
     def losses(self, generator: torch.Generator, batch_size: int, turn: str) -> dict[str, Tensor]:
-        """The losses of one step as named scalars; "loss" is minimized over the role `turn`, the rest is logged."""
+        """The losses of a (micro-)batch as named scalars; "loss" is minimized over the role `turn`, the rest logged."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """How long and how fast to train. One of `steps` and `minutes` is the budget; with both, the first one reached."""
-
-    steps: int | None = None  # optimizer steps in all; repeatable to the bit
-    minutes: float | None = None  # training time in all, resumed runs included
-    batch_size: int = 64  # images a step
-    learning_rate: float = 1e-3  # peak of AdamW; warm-up, constant, then linear decay over the last part
-    warmup_steps: int = 100
-    decay_fraction: float = 0.4  # share of the budget over which the rate falls to 5 % of the peak
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip_norm: float = 1.0  # gradient norm
-    ema_decay: float = 0.999
-    seed: int = 0
-    checkpoint_seconds: float = 60.0
-    log_every: int = 50  # steps
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise ValueError("give a budget: steps=<number> (repeatable), minutes=<number>, or both")
-        for name in ("steps", "minutes", "batch_size", "learning_rate", "clip_norm", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-
-    def progress(self, step: int, seconds: float) -> float:
-        """Share of the budget used, 0 … 1."""
-        by_steps = step / self.steps if self.steps else 0.0
-        by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
-        return min(1.0, max(by_steps, by_time))
-
-    def rate(self, step: int, progress: float) -> float:
-        """Learning rate at a step, given the share of the budget used."""
-        warmup = min(1.0, (step + 1) / max(self.warmup_steps, 1))
-        decay = 1.0 if progress < 1 - self.decay_fraction else max(0.05, (1 - progress) / self.decay_fraction)
-        return self.learning_rate * warmup * decay
-
-
-def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random generator of one step: a function of (seed, step) and of nothing else."""
-    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 @dataclass
 class TrainResult:
-    """What a run did; `ema` is the averaged model."""
+    """What a run did; `ema` is the averaged model, whole again if it was sharded (then of the first process alone)."""
 
     ema: nn.Module
     step: int
     seconds: float
-    finished: bool  # False after Ctrl-C
+    finished: bool  # False after Ctrl-C or an alarm
     history: list[dict]
+    images: int = 0  # training images of all steps, whichever role they trained
+    alarm: str | None = None  # why the run ended early
 
 
 class _Run:
-    """The mutable state of a run, and how it goes to disk and comes back."""
+    """A run in motion: the networks where they belong, and one step of them."""
 
-    def __init__(self, distiller: Distiller, config: TrainConfig, out: Path) -> None:
-        self.distiller, self.config, self.out = distiller, config, out
-        self.shipped = next(iter(distiller.roles))
-        self.ema = copy.deepcopy(distiller.roles[self.shipped].network).requires_grad_(False)
-        self.ema_updates = 0
-        self.optimizers = {
-            name: torch.optim.AdamW(
-                [p for p in role.network.parameters() if p.requires_grad],
-                lr=config.learning_rate,
-                betas=config.betas,
-                weight_decay=0.0,
-                fused=True,
-            )
-            for name, role in distiller.roles.items()
-        }
-        self.step, self.seconds = 0, 0.0
+    def __init__(self, distiller: Distiller, config: TrainConfig, out: Path, among: Processes) -> None:
+        self.distiller, self.config, self.out, self.processes = distiller, config, out, among
+        self.roles = dict(distiller.roles)
+        self.shipped = next(iter(self.roles))
+        folder = checkpoint.find(out, among)
+        numbers = None if folder is None else checkpoint.read_numbers(folder, config)
+        micro_batches = (numbers or {}).get("micro_batches", 1 if numbers else config.accumulate or among.world_size)
+        self.share = shared_micro_batches(config.batch_size, micro_batches, among.world_size)
+        if unknown := set(config.sharded) - self.roles.keys():
+            raise ValueError(f"sharded names {sorted(unknown)}; the roles of this method are {', '.join(self.roles)}")
+        for name, role in self.roles.items():
+            if is_sharded(role.network):
+                raise ValueError(
+                    f"the network of {name!r} is sharded already; hand it over whole, and name it in sharded="
+                )
+            among.same_start(role.network)
+        self.plain = _without_weights(self.roles[self.shipped].network)
+        ema = copy.deepcopy(self.roles[self.shipped].network).requires_grad_(False)
+        for name in config.sharded:
+            shard(self.roles[name].network)
+        if self.shipped in config.sharded:
+            shard(ema)
+        networks = {name: role.network for name, role in self.roles.items()}
+        optimizers = {name: _optimizer(network, config) for name, network in networks.items()}
+        self.state = TrainState(networks, optimizers, ema, micro_batches)
+        if folder is not None:
+            checkpoint.load(self.state, folder, numbers)
 
     def save(self) -> None:
-        """Write a checkpoint beside the last one, then put it in its place."""
-        final, fresh, old = (self.out / f"{CHECKPOINT}{end}" for end in ("", ".new", ".old"))
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        save_file(_contiguous(self.ema.state_dict()), fresh / "ema.safetensors")
-        for name, role in self.distiller.roles.items():
-            save_file(_contiguous(role.network.state_dict()), fresh / f"{name}.safetensors")
-            moments = {
-                f"{index}.{key}": value
-                for index, state in self.optimizers[name].state_dict()["state"].items()
-                for key, value in state.items()
-            }
-            save_file(moments, fresh / f"{name}-optimizer.safetensors")
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "ema_updates": self.ema_updates,
-            "config": asdict(self.config),
-        }
-        (fresh / "state.json").write_text(json.dumps(state, indent=2))
-        if final.is_dir():
-            os.replace(final, old)
-        os.replace(fresh, final)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def resume(self) -> bool:
-        """Continue from the last checkpoint if there is one.
-
-        Raises ValueError if it was made with settings that would make this another run.
-        """
-        folder = self.out / CHECKPOINT
-        if not folder.is_dir() and (self.out / f"{CHECKPOINT}.new" / "state.json").is_file():
-            os.replace(self.out / f"{CHECKPOINT}.new", folder)  # stopped between the two moves of `save`
-        if not folder.is_dir():
-            return False
-        state = json.loads((folder / "state.json").read_text())
-        now = json.loads(json.dumps(asdict(self.config)))  # as JSON keeps it: tuples are lists
-        for name in SAME_TO_RESUME:
-            if state["config"][name] != now[name]:
-                raise ValueError(
-                    f"{folder} was trained with {name}={state['config'][name]}, now {now[name]}; "
-                    "use the same settings to resume, or another output folder to start anew"
-                )
-        self.ema.load_state_dict(load_file(folder / "ema.safetensors"))
-        for name, role in self.distiller.roles.items():
-            role.network.load_state_dict(load_file(folder / f"{name}.safetensors"))
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, value in load_file(folder / f"{name}-optimizer.safetensors").items():
-                index, _, part = key.partition(".")
-                moments.setdefault(int(index), {})[part] = value
-            groups = self.optimizers[name].state_dict()["param_groups"]
-            self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
-        self.step, self.seconds, self.ema_updates = state["step"], state["seconds"], state["ema_updates"]
-        return True
+        checkpoint.save(self.state, self.config, self.out, self.processes)
 
     def update(self) -> dict[str, float]:
         """One optimizer step of the role whose turn it is; returns the logged values."""
-        config, turn = self.config, self.distiller.turn(self.step)
-        role, optimizer = self.distiller.roles[turn], self.optimizers[turn]
-        rate = role.rate * config.rate(self.step, config.progress(self.step, self.seconds))
+        config, state, turn = self.config, self.state, self.distiller.turn(self.state.step)
+        role, optimizer = self.roles[turn], state.optimizers[turn]
+        rate = role.rate * config.rate(state.step, config.progress(state.step, state.seconds))
         parameters = optimizer.param_groups[0]["params"]
         optimizer.param_groups[0]["lr"] = rate
-        generator = step_generator(config.seed, self.step, parameters[0].device)
-        losses = self.distiller.losses(generator, config.batch_size, turn)
-        losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        values = self._gradients(turn, parameters)
+        if not is_sharded(role.network):
+            self.processes.average_gradients(parameters)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, config.clip_norm))
         if not torch.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient of the {turn} is not finite at step {self.step} (loss {losses['loss'].item():g}); "
+                f"the gradient of the {turn} is not finite at step {state.step} (loss {values['loss']:g}); "
                 "lower the learning rate and start anew in another output folder"
             )
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for other in state.optimizers.values():  # a loss may send gradients through networks whose turn it is not
+            other.zero_grad(set_to_none=True)
         if turn == self.shipped:
-            decay = min(config.ema_decay, (1 + self.ema_updates) / (10 + self.ema_updates))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), list(role.network.parameters()), 1 - decay)
-            self.ema_updates += 1
-        self.step += 1
-        values = {name: value.item() for name, value in losses.items()} | {"gradient_norm": norm.item()}
+            self._average(role.network)
+        state.step += 1
+        values |= {"gradient_norm": norm.item()}
         prefix = "" if turn == self.shipped else f"{turn}_"
         return {prefix + name: value for name, value in values.items()} | {f"{prefix}learning_rate": rate}
 
+    def _gradients(self, turn: str, parameters: list[nn.Parameter]) -> dict[str, float]:
+        """Backward through this process's micro-batches; returns the mean values over those of all processes."""
+        config, state, sums = self.config, self.state, {}
+        for index in range(self.share):
+            number = self.processes.rank * self.share + index
+            generator = step_generator(config.seed, state.step, parameters[0].device, number)
+            with torch.autocast(generator.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                losses = self.distiller.losses(generator, config.batch_size // state.micro_batches, turn)
+            (losses["loss"] / self.share).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        return self.processes.mean({name: value / self.share for name, value in sums.items()})
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    @torch.no_grad()
+    def _average(self, network: nn.Module) -> None:
+        state = self.state
+        decay = min(self.config.ema_decay, (1 + state.ema_updates) / (10 + state.ema_updates))
+        trained = [(a, p) for a, p in zip(state.ema.parameters(), network.parameters(), strict=True) if p.requires_grad]
+        torch._foreach_lerp_([local(a) for a, _ in trained], [local(p) for _, p in trained], 1 - decay)
+        state.ema_updates += 1
+
+    def average(self) -> nn.Module:
+        """The averaged network, whole."""
+        if not is_sharded(self.state.ema):
+            return self.state.ema
+        for name, tensor in self.state.ema.state_dict().items():
+            gathered = whole(tensor)
+            if self.processes.is_main:
+                self.plain.load_state_dict({name: gathered.cpu()}, strict=False, assign=True)
+        return self.plain.requires_grad_(False)
+
+
+def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.learning_rate, betas=config.betas, weight_decay=0.0, fused=True)
+
+
+def _without_weights(network: nn.Module) -> nn.Module:
+    """A copy whose parameters are of the right shape and take no memory."""
+    empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in network.parameters()}
+    return copy.deepcopy(network, empty)
 
 
 @contextmanager
@@ -249,22 +201,32 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 def train(distiller: Distiller, config: TrainConfig, out: Path, progress: bool = True) -> TrainResult:
     """Train until the budget is used, resuming from `out` if it holds a checkpoint of this run.
 
-    Writes `metrics.jsonl`, TensorBoard events and `checkpoint/` below `out`. Raises ValueError if `out` belongs to a
-    run with other settings, FloatingPointError if the gradient stops being finite.
+    Writes `metrics.jsonl`, TensorBoard events and `checkpoint/` below `out`. Under torchrun all processes call it, in
+    a `process_group()`, and the first one writes. Raises ValueError if `out` belongs to a run with other settings or
+    the batch cannot be shared, FloatingPointError if the gradient stops being finite.
     """
+    among = processes()
     out.mkdir(parents=True, exist_ok=True)
-    run = _Run(distiller, config, out)
-    run.resume()
-    last_save = time.perf_counter()
-    with _stop_on_interrupt() as stop_asked, TrainingLog(out, run.step, config.log_every, progress) as log:
-        while (used := config.progress(run.step, run.seconds)) < 1 and not stop_asked():
-            start = time.perf_counter()
+    run = _Run(distiller, config, out, among)
+    state, tell = run.state, getattr(distiller, "progress", lambda share: None)
+    sound_alarm = getattr(distiller, "alarm", lambda step, values: None)
+    stop, save_due, reason, last_save = False, False, None, time.perf_counter()
+    log = TrainingLog(out, state.step, config.log_every, progress and among.is_main, writes=among.is_main)
+    with _stop_on_interrupt() as stop_asked, log:
+        while (used := config.progress(state.step, state.seconds)) < 1 and not stop and reason is None:
+            start = config.now()
+            tell(used)
             values = run.update()
-            run.seconds += time.perf_counter() - start
-            log.add(run.step, run.seconds, used, config.batch_size, values)
-            if time.perf_counter() - last_save > config.checkpoint_seconds:
+            seconds = state.seconds + config.now() - start
+            overdue = time.perf_counter() - last_save > config.checkpoint_seconds
+            state.seconds, stop, save_due = among.largest(seconds, stop_asked(), overdue)
+            used = config.progress(state.step, state.seconds)
+            log.add(state.step, state.seconds, used, config.batch_size, values)
+            reason = sound_alarm(state.step, values)
+            if save_due:
                 run.save()
                 last_save = time.perf_counter()
         run.save()
-    finished = config.progress(run.step, run.seconds) >= 1
-    return TrainResult(run.ema, run.step, run.seconds, finished, log.history)
+    finished = config.progress(state.step, state.seconds) >= 1
+    images = state.step * config.batch_size
+    return TrainResult(run.average(), state.step, state.seconds, finished, log.history, images, reason)

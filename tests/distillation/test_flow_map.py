@@ -1,19 +1,29 @@
 """The flow-map identity against the exact flow map of a Gaussian, and its methods on the small network."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from small_pipelines import small_pipeline
+from torch import nn
 
 from diffusion_opt.datasets import ImageData
-from diffusion_opt.distillation.trajectory.flow_map import hop_target, limit_target, normalized_tangent
+from diffusion_opt.distillation.trajectory.flow_map import (
+    hop_target,
+    limit_target,
+    normalized_tangent,
+    ratio_times,
+)
 from diffusion_opt.distillation.trajectory.flow_map_distillation import (
     METHODS,
     FlowMapDistillation,
     FlowMapSettings,
     sample_times,
 )
-from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, Guided
-from diffusion_opt.models import flow_map_transformer, velocity_model
+from diffusion_opt.distillation.trajectory.metrics import adaptive_loss, pseudo_huber
+from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, Guided, heun
+from diffusion_opt.models import PointVelocity, flow_map_transformer, velocity_model
 
 MODES = GaussianMixtureVelocity.ring(num_modes=3, radius=1.5, std=0.3, num_classes=3)
 NUM = 64
@@ -120,6 +130,10 @@ def test_times_of_each_method_fall_and_have_the_shares_it_asks_for(name):
         ({"share_end": 0.9, "share_same": 0.3}, "shares must lie"),
         ({"hops": (8, 4)}, "hops must rise"),
         ({"velocity": "student"}, "hop must be 'half'"),
+        ({"velocity": "student", "hop": "half", "share_end": 1.0, "share_same": 0.0}, "share_end must be below 1"),
+        ({"warmup": 1.5}, "warmup in"),
+        ({"guidance": (1.0, 3.0)}, "one slot"),
+        ({"guidance": (3.0, 1.0), "share_end": 1.0, "share_same": 0.0}, "must rise"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
@@ -127,25 +141,167 @@ def test_settings_that_cannot_be_are_refused(changes, message):
         FlowMapSettings(**changes)
 
 
-@pytest.fixture(scope="module")
-def network():
-    pipe = small_pipeline()
-    teacher = velocity_model(pipe).eval()
-    pipe.transformer = flow_map_transformer(pipe.transformer)
-    pipe.register_to_config(flow_map=True)
-    images = torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    data = ImageData(images, torch.arange(12) % 10, tuple("abcdefghij"))
-    return velocity_model(pipe).train(), Guided(teacher, 2.0), data
+def data_of(num: int = 12) -> ImageData:
+    images = torch.rand(num, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return ImageData(images, torch.arange(num) % 10, tuple("abcdefghij"))
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_each_method_trains_the_network(network, name):
-    student, teacher, data = network
-    student.zero_grad()
-    losses = FlowMapDistillation(student, teacher, data, METHODS[name]).losses(torch.Generator().manual_seed(3), 6)
+def test_each_method_trains_the_network_it_asks_for(name):
+    settings, pipe = METHODS[name], small_pipeline()
+    velocity = velocity_model(pipe).eval()
+    teacher = velocity if settings.guidance else Guided(velocity, 2.0)
+    if settings.two_time or settings.guidance:
+        pipe.transformer = flow_map_transformer(pipe.transformer)
+        pipe.register_to_config(flow_map=settings.two_time, guidance_range=settings.guidance)
+    student = copy.deepcopy(velocity_model(pipe)).train()
+    distiller = FlowMapDistillation(student, teacher, data_of(), settings)
+    distiller.progress(1.0)
+    losses = distiller.losses(torch.Generator().manual_seed(3), 6)
     losses["loss"].backward()
-    slot = student.transformer.time_guidance_embed.guidance_embedder.linear_2.weight
-    assert torch.isfinite(losses["loss"]) and slot.grad.abs().max() > 0
+    embedding = student.transformer.time_guidance_embed
+    part = embedding.guidance_embedder if settings.two_time or settings.guidance else embedding.timestep_embedder
+    assert torch.isfinite(losses["loss"]) and part.linear_2.weight.grad.abs().max() > 0
+
+
+def test_a_network_that_does_not_fit_the_method_is_refused():
+    with pytest.raises(ValueError, match="use a two-time network"):
+        FlowMapDistillation(PointVelocity(), MODES, None)
+    with pytest.raises(ValueError, match="a scale and no second time"):
+        FlowMapDistillation(PointVelocity(two_time=True), MODES, None, METHODS["lcm"])
+
+
+class ExactMap(nn.Module):
+    """The exact flow map of each class's Gaussian, with a trainable offset; without r it jumps to 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x_t, t, condition=None, r=None, guidance=None):
+        return MODES(x_t, t, condition, r=torch.zeros_like(t) if r is None else r) + self.offset
+
+
+LABELS = torch.arange(2048) % 3
+POINTS = ImageData(
+    MODES.sample(2048, torch.Generator().manual_seed(8), ClassCondition(LABELS, 3)), LABELS, ("a", "b", "c")
+)
+SHORT = {"random": {"hops": (2000, 2000)}, "difference": {"difference_step": 1e-2}}
+
+
+def on_points(name: str, **changes) -> FlowMapDistillation:
+    """A method on the closed-form teacher, unguided, its hops so short that their error cannot be seen."""
+    settings = METHODS[name]
+    if settings.guidance:
+        changes |= {"guidance": (1.0, 1.0)}
+    settings = dataclasses.replace(settings, **SHORT.get(settings.hop, {}), **changes)
+    return FlowMapDistillation(ExactMap(), MODES, POINTS, settings)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"mean_flow_data", "consistency_training"}))
+def test_the_loss_is_zero_at_the_exact_map_and_its_gradient_points_there(name):
+    distiller = on_points(name)
+    distiller.progress(1.0)
+    assert distiller.losses(torch.Generator().manual_seed(0), 512)["squared_error"] < 5e-6
+    offset = distiller.student.offset
+    with torch.no_grad():
+        offset.copy_(torch.tensor([0.3, -0.2]))
+    distiller.losses(torch.Generator().manual_seed(0), 512)["loss"].backward()
+    assert nn.functional.cosine_similarity(offset.grad, offset.detach(), dim=0) > 0.95
+    assert (offset - 1e-3 * offset.grad / offset.grad.norm()).norm() < offset.norm()
+
+
+@pytest.mark.parametrize("name", ["mean_flow_data", "consistency_training"])
+def test_from_data_the_gradient_of_the_squared_error_is_zero_on_average(name):
+    """A single target is noisy, its mean is the exact map: the gradient stays within four standard errors of 0."""
+    changes = {"hop": "random", "hops": (500, 500)} if name == "consistency_training" else {}
+    distiller = on_points(name, distance="squared", **changes)
+    gradients = []
+    for seed in range(24):
+        distiller.student.zero_grad()
+        distiller.losses(torch.Generator().manual_seed(seed), 512)["loss"].backward()
+        gradients.append(distiller.student.offset.grad.clone())
+    gradients = torch.stack(gradients)
+    assert bool((gradients.mean(0).abs() < 4 * gradients.std(0) / 24**0.5).all())
+    with torch.no_grad():
+        distiller.student.offset.copy_(torch.tensor([0.3, -0.2]))
+    distiller.student.zero_grad()
+    distiller.losses(torch.Generator().manual_seed(0), 2048)["loss"].backward()
+    assert distiller.student.offset.grad @ distiller.student.offset.detach() > 0
+
+
+def test_consistency_distillation_is_that_of_the_paper_and_its_gradient_too():
+    """|f(x_t, t) - sg f(x_s, s)| / t, f = x - t u, with x_s by one Euler step of the teacher, written out here."""
+    settings = dataclasses.replace(METHODS["consistency"], hops=(8, 8), distance="squared", share_noise=0.5)
+    student = PointVelocity(num_classes=3)
+    nn.init.normal_(student.layers[-1].weight, std=0.3)
+    distiller = FlowMapDistillation(student, MODES, POINTS, settings)
+    distiller.losses(torch.Generator().manual_seed(0), 64)["loss"].backward()
+    found = [p.grad.clone() for p in student.parameters()]
+
+    def by_hand(stop: bool) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        index = torch.randint(len(POINTS), (64,), generator=generator)
+        noise = torch.randn(64, 2, generator=generator)
+        t, s, _ = sample_times(settings, 64, generator)
+        t, s, condition = t[:, None], s[:, None], ClassCondition(LABELS[index], 3)
+        x_t = (1 - t) * POINTS.images[index] + t * noise
+        x_s = x_t - (t - s) * MODES(x_t, t[:, 0], condition)
+        end = x_s - s * student(x_s, s[:, 0], condition)
+        start = x_t - t * student(x_t, t[:, 0], condition)
+        error = (start - (end.detach() if stop else end)) / t
+        return list(torch.autograd.grad(error.square().sum(1).mean(), list(student.parameters())))
+
+    for mine, theirs in zip(found, by_hand(stop=True), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert any(not torch.allclose(a, b, rtol=0.1) for a, b in zip(found, by_hand(stop=False), strict=True))
+
+
+def test_for_a_mixture_solved_finely_the_limit_holds_as_well():
+    mixture = GaussianMixtureVelocity.ring(num_modes=3, radius=1.0, std=0.4)
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t, r = torch.full((16,), 0.8, dtype=torch.float64), torch.full((16,), 0.1, dtype=torch.float64)
+
+    def jump(x, t, r):
+        grid = torch.linspace(float(t[0]), float(r[0]), 61, dtype=torch.float64)
+        return (x - heun(mixture, x, grid)) / (t - r)[:, None]
+
+    target = limit_target(x, t, r, mixture(x, t), jump, step=1e-3)
+    torch.testing.assert_close(
+        target, jump(x, t, r), rtol=0, atol=1e-3
+    )  # both solver and difference are of second order
+
+
+def test_tangents_come_in_over_the_warm_up():
+    distiller = on_points("scm", normalize=False, warmup=0.5, share_noise=0.0)
+    x, t = torch.randn(8, 2), torch.full((8,), 0.6)
+    zero, condition = torch.zeros(8), ClassCondition(torch.arange(8) % 3, 3)
+    velocity, exact = MODES(x, t, condition), MODES(x, t, condition, r=zero)
+    for share, part in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
+        distiller.progress(share)
+        target = distiller.target(x, t, t, zero, condition, velocity)
+        torch.testing.assert_close(target, velocity + part * (exact - velocity), rtol=0, atol=1e-5)
+
+
+def test_ratios_halve_the_hop_with_each_doubling():
+    t = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
+    hops = [t - ratio_times(t, k) for k in (3, 4, 5)]
+    torch.testing.assert_close(hops[0], 2 * hops[1])
+    torch.testing.assert_close(hops[1], 2 * hops[2])
+    assert hops[0][2] == 1 / 16  # n(1) = 1
+    assert (ratio_times(t[:2], 0) == 0).all()
+    settings = METHODS["consistency_training"]
+    late = [sample_times(settings, 50, torch.Generator().manual_seed(0), share)[1] for share in (0.0, 0.99, 1.0)]
+    assert (late[0] < late[1]).all() and torch.equal(late[1], late[2])
+
+
+def test_two_ways_to_weigh_errors_meet_at_power_one_half():
+    error = torch.randn(7, 5, requires_grad=True)
+    c = 0.03 * 5**0.5
+    (adaptive,) = torch.autograd.grad(adaptive_loss(error, power=0.5, c=c**2).sum(), error)
+    (huber,) = torch.autograd.grad(pseudo_huber(error).sum(), error)
+    torch.testing.assert_close(adaptive, 2 * huber)
+    torch.testing.assert_close(adaptive_loss(error, power=0.0), error.square().sum(1))
 
 
 def test_methods_meet_in_the_limit_of_small_hops():

@@ -10,7 +10,7 @@ from diffusion_opt.quantization import DynamicInt8
 from diffusion_opt.recipes import Recipe, Solver, Student
 
 MISTAKES = [
-    ("ex_12_1", ("dynamic_int8", "modelopt_ptq"), "both change the weights"),
+    ("ex_12_1", ("dynamic_int8", "ptq"), "both change the weights"),
     ("ex_12_1", ("student", "tea_cache"), "compete and do not conflict"),
     ("ex_12_1", ("solver", "tea_cache"), "solver and the step cache are different factors"),
     ("ex_12_1", ("student", "magic"), "no technique 'magic'"),

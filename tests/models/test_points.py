@@ -59,3 +59,28 @@ def test_it_learns_a_velocity():
         loss.backward()
         optimizer.step()
     assert loss < 0.1 * target.square().mean()
+
+
+def test_a_guided_network_takes_a_scale_and_only_that_one_does():
+    x, t = inputs()
+    network = filled(guided=True)
+    assert not torch.allclose(network(x, t, guidance=t), network(x, t, guidance=2 * t))
+    with pytest.raises(ValueError, match="guided=True: give"):
+        network(x, t)
+    with pytest.raises(ValueError, match="guided=False: drop"):
+        filled()(x, t, guidance=t)
+
+
+@pytest.mark.parametrize("slot", ["two_time", "guided"])
+def test_a_network_with_a_slot_starts_as_the_one_without(slot):
+    x, t = inputs()
+    network = filled(num_classes=3, width=16, depth=2)
+    condition = ClassCondition(torch.arange(16) % 3, 3)
+    student = network.with_slot(**{slot: True})
+    given = {"r": t / 2} if slot == "two_time" else {"guidance": 3 * t}
+    torch.testing.assert_close(student(x, t, condition, **given), network(x, t, condition))
+    torch.nn.init.normal_(student.layers[0].weight)
+    more = {name: value / 2 for name, value in given.items()}
+    assert not torch.allclose(student(x, t, condition, **given), student(x, t, condition, **more))
+    with pytest.raises(ValueError, match="already"):
+        student.with_slot(two_time=True)

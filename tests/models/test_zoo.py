@@ -137,3 +137,4 @@ def test_folders_without_a_readable_index(tmp_path):
 def test_table_of_shipped_models():
     assert all(name == model.name and model.summary for name, model in SHIPPED.items())
     assert all(model.teacher is None or SHIPPED[model.teacher].teacher is None for model in SHIPPED.values())
+    assert all(model.quantized_from in (None, *SHIPPED) for model in SHIPPED.values())

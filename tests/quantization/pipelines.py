@@ -1,10 +1,33 @@
-"""What quantization tests look at: errors, and whether anything was left behind."""
+"""What quantization tests look at: simulated and packed pipelines, errors, and whether anything was left behind."""
 
 import torch
 from small_pipelines import generate, small_pipeline
 from torch import Tensor
 
-__all__ = ["anatomy", "error", "generate", "small_pipeline"]
+from diffusion_opt.models import TinyFlux2Pipeline
+from diffusion_opt.quantization import PTQ, choose, pack
+
+__all__ = ["anatomy", "chosen", "error", "generate", "packed", "simulated", "small_pipeline"]
+
+
+def chosen(format: str) -> list[str]:
+    """Layers that tests quantize: all that the policy chooses, two of them where the algorithm is a long search."""
+    names = [choice.name for choice in choose(small_pipeline().transformer) if choice.quantized]
+    return names[:2] if format == "nvfp4_svdquant" else names
+
+
+def simulated(format: str = "nvfp4", seed: int = 0, **settings: object) -> TinyFlux2Pipeline:
+    """A pipeline that is quantized in simulation, calibrated on next to nothing."""
+    technique = PTQ(
+        layers=dict.fromkeys(chosen(format), format), calibration_batches=1, batch_size=2, num_inference_steps=1,
+        **settings,
+    )  # fmt: skip
+    return technique.apply(small_pipeline(seed=seed))
+
+
+def packed(format: str = "nvfp4", seed: int = 0) -> TinyFlux2Pipeline:
+    """The same, packed."""
+    return pack(simulated(format, seed))
 
 
 def error(images: Tensor, exact: Tensor) -> float:

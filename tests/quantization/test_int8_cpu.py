@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import gc
 import json
+import pickle
+import re
 import weakref
 
 import pytest
@@ -13,56 +15,105 @@ from hypothesis import strategies as st
 from quantization.pipelines import anatomy, error, generate, small_pipeline
 from torch import nn
 
+from diffusion_opt.evaluation import count
 from diffusion_opt.evaluation.speed import weight_bytes
 from diffusion_opt.models import SIZES, build_pipeline
-from diffusion_opt.quantization import DynamicInt8, DynamicInt8Linear, choose, quantization_report
-from diffusion_opt.quantization.int8_cpu import weight_scales
+from diffusion_opt.quantization import DynamicInt8, DynamicInt8Linear, choose, int8_cpu, quantization_report
+from diffusion_opt.quantization.int8_cpu import MIN_WIDTH, kernel_here, weight_scales
 
 ALL = DynamicInt8(min_width=0)
+KERNELS = ["portable", *(["vnni"] if kernel_here()[0] == "vnni" else [])]  # all that this CPU can run
 
 
-def activation_grid(x: torch.Tensor) -> tuple[float, int]:
-    """Scale and zero point of 7-bit activations whose range is that of the tensor and includes 0."""
+def activation_grid(x: torch.Tensor, kernel: str) -> tuple[float, int]:
+    """Scale and zero point of activations whose range is that of the tensor and includes 0: 7 bits, or 8 with VNNI."""
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-    scale = max((high - low) / 127, 6.1e-5)  # the kernel goes no lower
+    scale = max((high - low) / (255 if kernel == "vnni" else 127), 6.1e-5)  # the portable kernel goes no lower
     return scale, round(-low / scale)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_equals_the_integer_formula(bias):
+def test_equals_the_integer_formula(bias, kernel):
     linear = nn.Linear(7, 5, bias=bias)
     x = torch.randn(2, 3, 7)
     q_w = (linear.weight / weight_scales(linear.weight)[:, None]).round()
-    scale, zero = activation_grid(x)
-    q_x = ((x / scale).round() + zero).clamp(0, 127) - zero
+    scale, zero = activation_grid(x, kernel)
+    q_x = ((x / scale).round() + zero).clamp(0, 255 if kernel == "vnni" else 127) - zero
     expected = (q_x @ q_w.T) * scale * weight_scales(linear.weight)
     if bias:
         expected = expected + linear.bias
-    torch.testing.assert_close(DynamicInt8Linear(linear)(x), expected, rtol=1e-5, atol=1e-5)
+    layer = DynamicInt8Linear(linear, kernel)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer.integers(), q_w.to(torch.int8))
+    again = DynamicInt8Linear.from_integers(layer.integers(), layer.scales, layer.bias, kernel)
+    assert torch.equal(again(x), layer(x))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@torch.no_grad()
+def test_layouts_and_empty_batches(kernel):
+    layer, x = DynamicInt8Linear(nn.Linear(8, 5), kernel), torch.randn(2, 3, 8)
+    assert torch.equal(layer(x.transpose(0, 1)), layer(x).transpose(0, 1))  # the range is that of the whole tensor
+    assert torch.equal(layer(torch.randn(3, 16)[:, ::2].copy_(x[0])), layer(x[0]))
+    assert layer(x[:0]).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@torch.no_grad()
+def test_work_is_counted_like_that_of_a_float_layer(kernel):
+    linear, x = nn.Linear(7, 5), torch.randn(2, 3, 7)
+    layer = DynamicInt8Linear(linear, kernel)
+    assert count(lambda: layer(x)).macs == count(lambda: linear(x)).macs == 6 * 7 * 5
+
+
+def test_the_kernel_is_chosen_by_the_processor_and_says_why(monkeypatch):
+    for has, kernel, why in (
+        ({"architecture": "x86_64", "avx2": True}, "portable", r"\(x86_64\) has none of avx_vnni"),
+        ({"architecture": "x86_64", "avx512_vnni": True}, "vnni", "avx512_vnni"),
+        ({"architecture": "aarch64"}, "portable", "aarch64"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        chosen, reason = int8_cpu.kernel_here()
+        assert chosen == kernel and re.search(why, reason)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_int8": True})
+    assert int8_cpu.kernel_here() == ("portable", "this build of torch has no oneDNN")
 
 
 @torch.no_grad()
+def test_inputs_that_are_not_finite_are_refused():
+    if kernel_here()[0] != "vnni":
+        pytest.skip("the portable kernel does its own range check")
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="inputs must be finite"):
+            DynamicInt8Linear(nn.Linear(3, 2))(torch.tensor([[1.0, bad, 2.0]]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", KERNELS)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(-8, 8), st.integers(0, 10**6))
-def test_the_error_keeps_its_bound(inputs, outputs, log_size, seed):
+def test_the_error_keeps_its_bound(kernel, inputs, outputs, log_size, seed):
     generator = torch.Generator().manual_seed(seed)
     linear = nn.Linear(inputs, outputs)
     linear.weight.copy_(torch.randn(outputs, inputs, generator=generator) * 2**log_size)
     x = torch.randn(3, inputs, generator=generator) * torch.rand(inputs, generator=generator) ** 4  # uneven columns
-    layer = DynamicInt8Linear(linear)
+    layer = DynamicInt8Linear(linear, kernel)
     weight = layer.dequantized_weight()
     scales = weight_scales(linear.weight)
     assert bool(((linear.weight - weight).abs() <= scales[:, None] / 2 * (1 + 1e-5)).all())
-    bound = scales / 2 * x.abs().sum(1, keepdim=True) + activation_grid(x)[0] / 2 * weight.abs().sum(1)
+    bound = scales / 2 * x.abs().sum(1, keepdim=True) + activation_grid(x, kernel)[0] / 2 * weight.abs().sum(1)
     difference = (layer(x) - linear(x)).abs()
     assert bool((difference <= bound * (1 + 1e-4) + 1e-6).all())
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @torch.no_grad()
-def test_adversarial_weights():
+def test_adversarial_weights(kernel):
     linear = nn.Linear(4, 3)
     linear.weight.copy_(torch.tensor([[0.0, 0, 0, 0], [1e4, 1, 1, 1], [1e-30, 0, 0, 0]]))
-    layer = DynamicInt8Linear(linear)
+    layer = DynamicInt8Linear(linear, kernel)
     assert layer.dequantized_weight()[0].eq(0).all()  # an all-zero channel stays zero
     assert layer.dequantized_weight()[1].tolist() == [pytest.approx(1e4), 0, 0, 0]  # one outlier costs its channel
     torch.testing.assert_close(layer(torch.zeros(2, 4)), linear.bias.expand(2, 3))
@@ -136,7 +187,9 @@ def test_without_reversal_the_float_weights_are_gone(pipe):
 
 def test_too_narrow_models_and_second_applications_are_refused(pipe):
     with pytest.raises(ValueError, match=r"min_width=192 and skip=\(\): the widest layer has 128; min_width=0"):
-        DynamicInt8().apply(build_pipeline(SIZES["fashion-micro"]))
+        DynamicInt8(min_width=192).apply(build_pipeline(SIZES["fashion-micro"]))
+    with pytest.raises(ValueError, match=rf"min_width={MIN_WIDTH[kernel_here()[0]]} .* the widest layer has 32"):
+        DynamicInt8().apply(pipe)
     with pytest.raises(ValueError, match="nothing to quantize"):
         DynamicInt8(min_width=0, skip=(".*",)).apply(pipe)
     ALL.apply(pipe)
@@ -159,6 +212,9 @@ def test_copies_compute_alike_and_saving_is_refused(pipe, tmp_path):
     ALL.apply(pipe)
     twin = copy.deepcopy(pipe)
     assert torch.equal(generate(twin), generate(pipe))
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    x = torch.randn(2, layer.in_features)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
     ALL.remove(twin)
     assert torch.equal(generate(twin), generate(small_pipeline()))
     with pytest.raises(RuntimeError, match=r"remove\(pipe\) before saving"):

@@ -1,10 +1,11 @@
-"""The layer policy, by name: what of FLUX.2 is quantized and what is not."""
+"""The layer policy, by name: what of each family is quantized and what is not."""
 
 import re
 
 import pytest
-from diffusers import WanTransformer3DModel
+from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
+from small_transformers import small_transformer
 from torch import nn
 
 from diffusion_opt.quantization import choose, policy_for
@@ -48,9 +49,109 @@ def test_flux2_by_name(pipe):
     assert all(pipe.transformer.get_submodule(name) is choice.layer for name, choice in choices.items())
 
 
-def test_every_pattern_of_the_policy_is_needed(pipe):
-    linears = [name for name, module in pipe.transformer.named_modules() if isinstance(module, nn.Linear)]
-    for kept in policy_for(pipe.transformer).kept:
+def attention(block: str, *more: str) -> list[str]:
+    return [f"{block}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", *more)]
+
+
+def two(block: str, *names: str) -> list[str]:
+    return [f"{block}.{name}" for name in names]
+
+
+def embedder(name: str) -> list[str]:
+    return two(name, "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")
+
+
+FEED_FORWARD = ("net.0.proj", "net.2")
+BY_FAMILY = {
+    "ltx2": (
+        [
+            name
+            for block in ("transformer_blocks.0", "transformer_blocks.1")
+            for name in (
+                *attention(f"{block}.attn1"), *attention(f"{block}.attn2"), *attention(f"{block}.audio_attn1"),
+                *attention(f"{block}.audio_attn2"), *attention(f"{block}.audio_to_video_attn"),
+                *attention(f"{block}.video_to_audio_attn"), *two(f"{block}.ff", *FEED_FORWARD),
+                *two(f"{block}.audio_ff", *FEED_FORWARD),
+            )
+        ],
+        [
+            "proj_in", "audio_proj_in", "proj_out", "audio_proj_out",
+            *two("caption_projection", "linear_1", "linear_2"),
+            *two("audio_caption_projection", "linear_1", "linear_2"),
+            *embedder("time_embed"), *embedder("audio_time_embed"), *embedder("av_cross_attn_video_scale_shift"),
+            *embedder("av_cross_attn_audio_scale_shift"), *embedder("av_cross_attn_video_a2v_gate"),
+            *embedder("av_cross_attn_audio_v2a_gate"),
+        ],
+    ),
+    "ltx": (
+        [
+            name
+            for block in ("transformer_blocks.0", "transformer_blocks.1")
+            for name in (*attention(f"{block}.attn1"), *attention(f"{block}.attn2"), *two(f"{block}.ff", *FEED_FORWARD))
+        ],
+        ["proj_in", "proj_out", *two("caption_projection", "linear_1", "linear_2"), *embedder("time_embed")],
+    ),
+    "wan": (
+        [
+            name
+            for block in ("blocks.0", "blocks.1")
+            for name in (
+                *attention(f"{block}.attn1"), *attention(f"{block}.attn2"), *two(f"{block}.ffn", *FEED_FORWARD),
+            )
+        ],
+        [
+            "proj_out", "condition_embedder.time_proj",
+            *two("condition_embedder.time_embedder", "linear_1", "linear_2"),
+            *two("condition_embedder.text_embedder", "linear_1", "linear_2"),
+        ],
+    ),
+    "sd3": (
+        [
+            *attention("transformer_blocks.0.attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+            *attention("transformer_blocks.0.attn2"),
+            *two("transformer_blocks.0.ff", *FEED_FORWARD), *two("transformer_blocks.0.ff_context", *FEED_FORWARD),
+            *attention("transformer_blocks.1.attn", "add_q_proj", "add_k_proj", "add_v_proj"),  # text ends
+            *two("transformer_blocks.1.ff", *FEED_FORWARD),
+        ],
+        [
+            "context_embedder", "norm_out.linear", "proj_out",
+            *two("time_text_embed.timestep_embedder", "linear_1", "linear_2"),
+            *two("time_text_embed.text_embedder", "linear_1", "linear_2"),
+            *two("transformer_blocks.0", "norm1.linear", "norm1_context.linear"),
+            *two("transformer_blocks.1", "norm1.linear", "norm1_context.linear"),
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_other_families_by_name(family):
+    choices = choose(small_transformer(family, blocks=2))
+    quantized, kept = BY_FAMILY[family]
+    assert sorted(choice.name for choice in choices if choice.quantized) == sorted(quantized)
+    assert sorted(choice.name for choice in choices if not choice.quantized) == sorted(kept)
+
+
+@pytest.mark.parametrize("family", ["flux2", *BY_FAMILY])
+def test_blocks_at_the_ends_are_kept_whatever_the_depth(family):
+    transformer = small_transformer(family)  # 4 blocks
+    every = {choice.name for choice in choose(transformer) if choice.quantized}
+    inner = {choice.name: choice for choice in choose(transformer, first_blocks=1, last_blocks=2)}
+    prefix = {"wan": "blocks.1."}.get(family, "transformer_blocks.1.")
+    assert {name for name, choice in inner.items() if choice.quantized} == {n for n in every if n.startswith(prefix)}
+    reasons = {choice.reason for name, choice in inner.items() if name in every and not choice.quantized}
+    assert reasons == {"in one of the first blocks", "in one of the last blocks"}
+    with pytest.raises(
+        ValueError, match="first_blocks=2 and last_blocks=2 must be 0 or more and leave one of 4 blocks"
+    ):
+        choose(transformer, first_blocks=2, last_blocks=2)
+
+
+@pytest.mark.parametrize("family", ["flux2", *BY_FAMILY])
+def test_every_pattern_of_the_policy_is_needed(family):
+    transformer = small_transformer(family, blocks=2)
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    for kept in policy_for(transformer).kept:
         assert any(re.fullmatch(kept.pattern, name) for name in linears), kept.pattern
         assert kept.reason
 
@@ -64,9 +165,12 @@ def test_skip_and_width_keep_more_with_their_reason(pipe):
 def test_what_cannot_be_chosen_says_why(pipe):
     with pytest.raises(ValueError, match=r"no quantization policy for Linear yet; there is one for Flux2Transf"):
         choose(nn.Linear(2, 2))
-    wan = WanTransformer3DModel(num_layers=1, num_attention_heads=1, attention_head_dim=12, ffn_dim=8)
-    with pytest.raises(ValueError, match="WanTransformer3DModel"):
-        policy_for(wan)
+    flux = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, num_attention_heads=1, attention_head_dim=8, in_channels=4,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="FluxTransformer2DModel"):
+        policy_for(flux)
     with pytest.raises(ValueError, match="'ff' matches no linear layer; their names are like"):
         choose(pipe.transformer, skip=("ff",))
     with pytest.raises(ValueError, match="not a regular expression"):

@@ -1,9 +1,11 @@
 """The loop keeps its promises: exact resume, safe checkpoints, a clean stop, the averages and rates it announces."""
 
+import copy
 import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffusion_opt.training import Role, TrainConfig, TrainResult, step_generator, train, trainer
+from diffusion_opt.training import Role, TrainConfig, TrainResult, checkpoint, config, step_generator, train
 
 SETTINGS = {"batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_seconds": 1e9, "log_every": 2}
 
@@ -133,7 +135,7 @@ def test_a_crash_while_the_checkpoint_is_swapped_loses_nothing(tmp_path, monkeyp
         os.rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.os, "replace", replace)
+        patch.setattr(checkpoint.os, "replace", replace)
         with pytest.raises(Crash):
             run(tmp_path / "parts", Regression(interrupt_at(1)))
     assert (tmp_path / "parts" / "checkpoint").is_dir() == (moves == 0)
@@ -149,7 +151,7 @@ def test_a_crash_while_the_new_checkpoint_is_written_leaves_the_old_one(tmp_path
     run(tmp_path, Regression(interrupt_at(2)))
     before = weights(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "asdict", lambda _: pytest.fail("disk full"))
+        patch.setattr(checkpoint, "asdict", lambda _: pytest.fail("disk full"))
         with pytest.raises(BaseException, match="disk full"):
             train(Regression(), TrainConfig(**SETTINGS, steps=6), tmp_path, progress=False)
     assert same(weights(tmp_path), before)
@@ -187,7 +189,7 @@ def test_a_finished_run_does_nothing_more_and_a_larger_budget_goes_on(tmp_path):
 
 def test_minutes_are_a_budget_that_counts_all_sessions(tmp_path, monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(clock)))  # each look at it is one second later
+    monkeypatch.setattr(config.time, "perf_counter", lambda: float(next(clock)))  # each look at it is one second later
     first = run(tmp_path, steps=None, minutes=4 / 60)
     assert (first.finished, first.step, first.seconds) == (True, 4, 4.0)
     second = run(tmp_path, steps=None, minutes=7 / 60)
@@ -303,9 +305,132 @@ def test_random_numbers_of_a_step_depend_on_seed_and_step_alone():
         ({"steps": 0}, "steps must be positive, got 0"),
         ({"minutes": -1.0}, "minutes must be positive, got -1.0"),
         ({"steps": 1, "batch_size": 0}, "batch_size must be positive"),
+        ({"steps": 1, "accumulate": 0}, "accumulate must be positive"),
         ({"steps": 1, "ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
+
+
+def test_minutes_of_the_process_stand_still_while_it_waits(tmp_path):
+    def wait(step: int, loss: Tensor) -> None:
+        time.sleep(0.05)
+
+    waiting = run(tmp_path / "wall", Regression(wait), steps=None, minutes=0.2 / 60)
+    working = run(tmp_path / "process", Regression(wait), steps=8, minutes=1.0, clock="process")
+    assert waiting.step <= 4 and waiting.seconds >= 0.2
+    assert working.step == 8 and working.seconds < 0.3
+
+
+@pytest.mark.parametrize(("then", "now"), [({}, {"accumulate": 2}), ({"accumulate": 4}, {"accumulate": 2})])
+def test_another_number_of_micro_batches_does_not_resume(tmp_path, then, now):
+    run(tmp_path, Regression(interrupt_at(1)), **then)
+    expected = f"accumulate={then.get('accumulate', 1)}, now 2"
+    with pytest.raises(ValueError, match=expected):
+        run(tmp_path, **now)
+    assert run(tmp_path).finished  # without a number it takes that of the run
+
+
+def test_micro_batches_of_a_step_are_different(tmp_path):
+    first = [torch.rand(2, generator=step_generator(0, 3, "cpu", index)).tolist() for index in range(20)]
+    assert len({tuple(draw) for draw in first}) == 20
+    assert first[0] == torch.rand(2, generator=step_generator(0, 3)).tolist()
+    method = Regression()
+    result = run(tmp_path, method, accumulate=4)
+    assert (method.calls, result.step, result.images) == (24, 6, 48)
+
+
+def test_an_alarm_ends_the_run_with_its_reason_and_the_weights_are_kept(tmp_path):
+    class Alarmed(Regression):
+        def alarm(self, step: int, values: dict[str, float]) -> str | None:
+            assert values.keys() >= {"loss", "absolute", "gradient_norm"}
+            return "the loss did not fall" if step == 3 else None
+
+    result = run(tmp_path, Alarmed())
+    assert (result.step, result.finished, result.alarm) == (3, False, "the loss did not fall")
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 3
+    calm = run(tmp_path)
+    assert calm.finished and calm.alarm is None
+
+
+def test_a_method_that_asks_is_told_the_share_of_the_budget_that_is_used(tmp_path):
+    class Curious(Regression):
+        def __init__(self) -> None:
+            super().__init__(interrupt_at(1))
+            self.shares = []
+
+        def progress(self, share: float) -> None:
+            self.shares.append(share)
+
+    first, second = Curious(), Curious()
+    second.at_step = lambda step, loss: None
+    run(tmp_path, first, steps=5)
+    run(tmp_path, second, steps=5)
+    assert first.shares + second.shares == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])
+
+
+def test_a_checkpoint_from_before_there_were_clocks_and_micro_batches_resumes(tmp_path):
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", Regression(interrupt_at(2)))
+    path = tmp_path / "parts" / "checkpoint" / "state.json"
+    state = json.loads(path.read_text())
+    del state["micro_batches"], state["config"]["clock"], state["config"]["accumulate"]
+    path.write_text(json.dumps(state))
+    second = run(tmp_path / "parts", Regression(seed=5))
+    assert same(second.ema.state_dict(), whole.ema.state_dict())
+
+
+def test_gradients_that_a_loss_sends_elsewhere_are_forgotten(tmp_path):
+    """A loss of one role may run through another one's network (as score identity does); that must leave no trace."""
+
+    class Two(Regression):
+        other = None
+
+        @property
+        def roles(self) -> dict[str, Role]:
+            self.other = self.other or Regression(seed=1).model
+            return {"model": Role(self.model), "other": Role(self.other)}
+
+        def turn(self, step: int) -> str:
+            return ("model", "other")[step % 2]
+
+        def losses(self, generator: torch.Generator, batch_size: int, turn: str) -> dict[str, Tensor]:
+            x = torch.rand(batch_size, 1, generator=generator)
+            if turn == "other":
+                return {"loss": self.other(x).square().mean()}
+            frozen = self.other if self.through else copy.deepcopy(self.other)
+            return {"loss": (self.model(x) - frozen(x)).square().mean()}
+
+    seen = []
+    for through in (True, False):
+        method = Two()
+        method.through = through
+        run(tmp_path / str(through), method)
+        seen.append(method.other.state_dict())
+    assert same(*seen)
+
+
+def test_a_role_to_shard_must_be_one_of_the_method(tmp_path):
+    with pytest.raises(ValueError, match=r"sharded names \['teacher'\]; the roles of this method are model"):
+        run(tmp_path, sharded=("teacher",))
+    assert run(tmp_path, sharded=("model",)).finished  # alone there is nobody to share with
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    run(tmp_path, Regression(interrupt_at(1)))
+    wider = Regression()
+    wider.model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    with pytest.raises(ValueError, match=r"ema.safetensors: '0.weight' is \(7, 1\), the network's \(8, 1\)"):
+        run(tmp_path, wider)
+    deeper = Regression()
+    deeper.model.append(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"does not fit this network: it lacks '3.bias'"):
+        run(tmp_path, deeper)
+
+
+@pytest.mark.wrong_shapes
+def test_an_unknown_clock_is_refused():
+    with pytest.raises(ValueError, match="clock must be 'wall' or 'process', got 'sun'"):
+        TrainConfig(steps=1, clock="sun")

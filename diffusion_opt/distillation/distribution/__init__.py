@@ -1,5 +1,38 @@
 """Students that match the teacher's distribution, whichever path leads there."""
 
+from diffusion_opt.distillation.distribution.adversarial import (
+    AdversarialDistillation,
+    FeatureHeads,
+    GanSettings,
+    approximate_r1,
+    captured,
+    discriminator_loss,
+    feature_layers,
+    generator_loss,
+)
+from diffusion_opt.distillation.distribution.alarms import Alarms
 from diffusion_opt.distillation.distribution.dmd import DistributionMatching, dmd_gradient, dmd_loss, fake_score_loss
+from diffusion_opt.distillation.distribution.f_divergence import DIVERGENCES, divergence_weight
+from diffusion_opt.distillation.distribution.rcm import RegularizedMatching
+from diffusion_opt.distillation.distribution.score_identity import ScoreIdentity, score_identity_loss
 
-__all__ = ["DistributionMatching", "dmd_gradient", "dmd_loss", "fake_score_loss"]
+__all__ = [
+    "DIVERGENCES",
+    "AdversarialDistillation",
+    "Alarms",
+    "DistributionMatching",
+    "FeatureHeads",
+    "GanSettings",
+    "RegularizedMatching",
+    "ScoreIdentity",
+    "approximate_r1",
+    "captured",
+    "discriminator_loss",
+    "divergence_weight",
+    "dmd_gradient",
+    "dmd_loss",
+    "fake_score_loss",
+    "feature_layers",
+    "generator_loss",
+    "score_identity_loss",
+]

@@ -60,15 +60,17 @@ def limit_target(
     velocity: Float[Tensor, "b *s"],
     jump: Velocity,
     step: float | None = None,
+    tangent: float = 1.0,
 ) -> Float[Tensor, "b *s"]:
     """u* = v - (t - r) du/dt, the limit s -> t, without gradient.
 
     The total derivative du/dt = v . grad_x u + du/dt is a Jacobian-vector product with `step` None, which the attention
-    kernel must support (torch's "math" one does), else a central difference of that half-width in time.
+    kernel must support (torch's "math" one does), else a central difference of that half-width in time. `tangent` is
+    the share of it that is taken: sCM lets it rise from 0 to 1 (arXiv 2410.11081, section 4.2).
     """
     with torch.no_grad():
         derivative = _jvp(x_t, t, r, velocity, jump) if step is None else _difference(x_t, t, r, velocity, jump, step)
-        return velocity - expand_time(t - r, x_t) * derivative
+        return velocity - tangent * expand_time(t - r, x_t) * derivative
 
 
 def _jvp(x_t: Tensor, t: Tensor, r: Tensor, velocity: Tensor, jump: Velocity) -> Tensor:
@@ -83,6 +85,16 @@ def _difference(x_t: Tensor, t: Tensor, r: Tensor, velocity: Tensor, jump: Veloc
     u_before = jump(x_t - expand_time(t - before, x_t) * velocity, before, r)
     width = expand_time(after - before, x_t)
     return torch.where(width > 0, (u_after - u_before) / width.clamp(min=torch.finfo(x_t.dtype).tiny), 0.0)
+
+
+def ratio_times(t: Float[Tensor, " b"], doublings: int) -> Float[Tensor, " b"]:
+    """Where a hop from t ends in ECT's schedule, s = t max(0, 1 - n(t) / 2^(doublings + 1)) (arXiv 2406.14548).
+
+    n(t) = 1 + 8 sigmoid(-sigma), sigma = t / (1 - t). At first s = 0 for most t, which is plain denoising; then each
+    doubling halves the hop.
+    """
+    sigma = t / (1 - t).clamp(min=torch.finfo(t.dtype).tiny)
+    return t * (1 - (1 + 8 * torch.sigmoid(-sigma)) / 2 ** (doublings + 1)).clamp(min=0)
 
 
 def normalized_tangent(

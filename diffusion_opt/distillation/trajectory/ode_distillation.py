@@ -3,34 +3,25 @@
 With the teacher's states x_{t_0} (noise), …, x_{t_n} (picture) the student's velocity u is fitted to the mean velocity
 of each jump, guidance included, so that one pass does what many guided teacher steps did:
 
-    loss = d( x_{t_k} - (t_k - t_{k+1}) u(x_{t_k}, t_k, c),  x_{t_{k+1}} ),      d(a, b) = sqrt(|a - b|^2 + c^2) - c
+    loss = d( x_{t_k} - (t_k - t_{k+1}) u(x_{t_k}, t_k, c),  x_{t_{k+1}} )
 
 For one rung this is Luhman & Luhman 2021 (arXiv 2101.02388); for several, ODE regression as CausVid initializes its
-student (Yin et al. 2024, arXiv 2412.07772). d is the pseudo-Huber metric (Song & Dhariwal 2023, arXiv 2310.14189,
-equation 7, with c = 0.03 times the square root of the number of pixels): less blur than squared error, because one
-hard sample weighs less.
+student (Yin et al. 2024, arXiv 2412.07772). d is the pseudo-Huber distance of `metrics.py`: less blur than squared
+error, because one hard sample weighs less.
 
 The student keeps the teacher's network and is sampled by the plain Euler scheduler with n steps: nothing at inference
 tells it from an ordinary pipeline.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffusion_opt.distillation.trajectory.metrics import pseudo_huber
 from diffusion_opt.distillation.trajectory.pairs import OdePairs
 from diffusion_opt.flow import ClassCondition, expand_time
 from diffusion_opt.training import Role
-
-
-def pseudo_huber(difference: Float[Tensor, "b *s"], scale: float = 0.03) -> Float[Tensor, " b"]:
-    """sqrt(|difference|^2 + c^2) - c per item, c = scale * sqrt(elements); smooth near 0, linear far from it."""
-    squared = difference.flatten(1).square().sum(1)
-    c = scale * math.sqrt(difference[0].numel())
-    return squared / ((squared + c**2).sqrt() + c)  # the same number without cancellation near 0
 
 
 @dataclass

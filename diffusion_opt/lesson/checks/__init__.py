@@ -8,16 +8,20 @@ A right answer gets "correct: …" with what to take along. An error inside the 
 
 from diffusion_opt.lesson.checks.answers import WrongAnswerError
 from diffusion_opt.lesson.checks.combine import ex_12_1, ex_12_2, ex_12_3
+from diffusion_opt.lesson.checks.distribution_distillation import ex_10_1, ex_10_2, ex_10_3
 from diffusion_opt.lesson.checks.fewer_steps import SHARP_RING, ex_02_1, ex_02_2, ex_02_3, shift_error
 from diffusion_opt.lesson.checks.low_precision_attention import ex_08_1, ex_08_2, ex_08_3
+from diffusion_opt.lesson.checks.quantization_ptq import ex_03_1, ex_03_2, ex_03_3
 from diffusion_opt.lesson.checks.region_cache import ex_06_1, ex_06_2, ex_06_3
 from diffusion_opt.lesson.checks.start_here import ex_00_1
 from diffusion_opt.lesson.checks.step_caching import ex_05_1, ex_05_2, ex_05_3
+from diffusion_opt.lesson.checks.trajectory_distillation import SICK_STUDENTS, ex_09_1, ex_09_2, ex_09_3
 from diffusion_opt.lesson.checks.triton_attention import ex_07_1, ex_07_2, ex_07_3
 from diffusion_opt.lesson.checks.why_slow import ex_01_1, ex_01_2
 
 __all__ = [
     "SHARP_RING",
+    "SICK_STUDENTS",
     "WrongAnswerError",
     "ex_00_1",
     "ex_01_1",
@@ -25,6 +29,9 @@ __all__ = [
     "ex_02_1",
     "ex_02_2",
     "ex_02_3",
+    "ex_03_1",
+    "ex_03_2",
+    "ex_03_3",
     "ex_05_1",
     "ex_05_2",
     "ex_05_3",
@@ -37,6 +44,12 @@ __all__ = [
     "ex_08_1",
     "ex_08_2",
     "ex_08_3",
+    "ex_09_1",
+    "ex_09_2",
+    "ex_09_3",
+    "ex_10_1",
+    "ex_10_2",
+    "ex_10_3",
     "ex_12_1",
     "ex_12_2",
     "ex_12_3",

@@ -82,7 +82,7 @@ def ex_12_3(answer: Recipe | EllipsisType | None) -> None:
     gain = teacher / arithmetic()
     if gain < 20:
         hint = "fewer steps, or steps that a cache skips"
-        if {"dynamic_int8", "modelopt_ptq"} & set(names):
+        if {"dynamic_int8", "ptq"} & set(names):
             hint += "; fewer bits make a MAC cheaper and not one MAC fewer"
         raise WrongAnswerError(f"{gain:.1f} times less arithmetic than the teacher, at least 20 are asked: {hint}")
     praise(f"{gain:.1f} times less arithmetic; add it to LADDER and see what its pictures are worth")

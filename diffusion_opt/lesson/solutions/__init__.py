@@ -8,15 +8,29 @@ with checks, progress and hooks. Each function bears the name of its exercise's 
 from diffusion_opt.kernels.runtime import HAS_TRITON
 from diffusion_opt.lesson.solutions import (
     combine,
+    distribution_distillation,
     fewer_steps,
     low_precision_attention,
+    quantization_ptq,
     region_cache,
     start_here,
     step_caching,
+    trajectory_distillation,
     why_slow,
 )
 
-LESSONS = (start_here, why_slow, fewer_steps, step_caching, region_cache, low_precision_attention, combine)
+LESSONS = (
+    start_here,
+    why_slow,
+    fewer_steps,
+    quantization_ptq,
+    step_caching,
+    region_cache,
+    low_precision_attention,
+    trajectory_distillation,
+    distribution_distillation,
+    combine,
+)
 if HAS_TRITON:  # Linux only; the lessons on kernels need it
     from diffusion_opt.lesson.solutions import triton_attention
 

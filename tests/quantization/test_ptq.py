@@ -1,9 +1,8 @@
-"""Simulated INT8 through modelopt: calibrated, on just the chosen layers, agreeing with ours, and undone exactly."""
+"""PTQ as a technique: calibrated on the pipeline, on just the chosen layers, agreeing with ours, and undone exactly."""
 
 import dataclasses
 import importlib.util
 import json
-import warnings
 
 import pytest
 import torch
@@ -11,11 +10,10 @@ from quantization.pipelines import anatomy, error, generate
 from torch import nn
 
 from diffusion_opt.evaluation.speed import weight_bytes
-from diffusion_opt.quantization import DynamicInt8, ModeloptPTQ, choose, quantization_report
+from diffusion_opt.quantization import FORMATS, PTQ, DynamicInt8, choose, quantization_report, simulated_formats
 from diffusion_opt.quantization.int8_cpu import DynamicInt8Linear, weight_scales
-from diffusion_opt.quantization.modelopt_ptq import quant_config
 
-QUICK = ModeloptPTQ(calibration_batches=2, batch_size=3, num_inference_steps=3, guidance_scale=2.0)
+QUICK = PTQ(calibration_batches=2, batch_size=3, num_inference_steps=3, guidance_scale=2.0)
 
 
 def test_quantizes_the_chosen_layers_quietly_and_changes_the_output_little(pipe, capfd):
@@ -44,7 +42,7 @@ def test_remove_restores_classes_attributes_and_bits(pipe):
 
 
 @torch.no_grad()
-def test_one_layer_equals_the_formula_and_the_scales_of_the_real_kernel(pipe):
+def test_one_layer_has_the_scales_of_the_real_kernel(pipe):
     layer = pipe.transformer.transformer_blocks[0].ff.linear_in
     scales, integers = weight_scales(layer.weight), DynamicInt8Linear(layer).dequantized_weight()
     QUICK.apply(pipe)
@@ -56,36 +54,40 @@ def test_one_layer_equals_the_formula_and_the_scales_of_the_real_kernel(pipe):
     torch.testing.assert_close(layer(x), nn.functional.linear(q_x, integers), rtol=1e-4, atol=1e-5)
 
 
-def test_calibration_sees_the_whole_trajectory(pipe):
-    layer = pipe.transformer.single_transformer_blocks[1].attn.to_out
-    largest = []
-    handle = layer.register_forward_pre_hook(lambda m, args: largest.append(args[0].abs().max()))
-    QUICK.apply(pipe)
-    handle.remove()
-    assert len(largest) >= 2 * 3 * 2  # batches, steps, guidance branches
-    assert float(layer.input_quantizer.amax) == pytest.approx(float(torch.stack(largest).max()))
-
-
-def test_calibration_takes_all_classes_in_turn_and_the_same_noise(pipe):
-    asked = []
-    labels = pipe.class_embedder.labels
-    pipe.class_embedder.labels = lambda prompt: asked.append(prompt) or labels(prompt)
-    technique = ModeloptPTQ(calibration_batches=3, batch_size=4, num_inference_steps=2)
+def test_each_layer_can_have_its_own_format(pipe):
+    exact = generate(pipe)
+    layers = {
+        "single_transformer_blocks.0.attn.to_out": "nvfp4",
+        "transformer_blocks.0.ff.linear_in": "int8",
+        "proj_out": "fp8",  # named, so the policy is not asked
+    }
+    technique = dataclasses.replace(QUICK, layers=layers)
     technique.apply(pipe)
-    del pipe.class_embedder.labels
-    names = list(pipe.class_embedder.config.class_names)
-    assert [name for batch in asked for name in batch] == [*names, *names[:2]]
-    layer = pipe.transformer.single_transformer_blocks[0].attn.to_out
-    first = float(layer.input_quantizer.amax)
+    assert simulated_formats(pipe.transformer) == {name: FORMATS[format] for name, format in layers.items()}
+    assert set(quantization_report(pipe).quantized) == set(layers)
+    assert technique.describe().startswith("FP8+INT8+NVFP4 linears")
     technique.remove(pipe)
+    assert torch.equal(generate(pipe), exact)
+
+
+def test_ends_of_the_stack_and_the_rank_can_be_chosen(pipe):
+    technique = dataclasses.replace(QUICK, format="nvfp4_svdquant", rank=3, first_blocks=1, last_blocks=1)
     technique.apply(pipe)
-    assert float(layer.input_quantizer.amax) == first
+    formats = simulated_formats(pipe.transformer)
+    assert all(name.startswith("single_transformer_blocks.0.") for name in formats)
+    assert {format.rank for format in formats.values()} == {3}
+    layer = pipe.transformer.single_transformer_blocks[0].attn.to_out
+    assert layer.weight_quantizer.svdquant_lora_a.shape == (3, layer.in_features)
 
 
-def test_the_pipeline_keeps_its_progress_bar_settings(pipe):
-    pipe.set_progress_bar_config(desc="mine", disable=True)
-    QUICK.apply(pipe)
-    assert pipe._progress_bar_config == {"desc": "mine", "disable": True}
+def test_a_format_with_fewer_bits_costs_more(pipe):
+    exact, errors = generate(pipe), {}
+    for name in ("int8", "fp8", "nvfp4"):
+        technique = dataclasses.replace(QUICK, format=name)
+        technique.apply(pipe)
+        errors[name] = error(generate(pipe), exact)
+        technique.remove(pipe)
+    assert 0 < errors["int8"] < errors["fp8"] < errors["nvfp4"] < 0.2
 
 
 def test_a_failed_calibration_leaves_the_pipeline_as_it_was(pipe):
@@ -113,29 +115,28 @@ def test_what_it_cannot_do_it_says(pipe, monkeypatch):
         QUICK.apply(pipe)
 
 
-def test_the_formats_are_those_of_modelopts_own_preset():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import modelopt.torch.quantization as mtq
-    preset = {entry["quantizer_name"]: entry.get("cfg") for entry in mtq.INT8_DEFAULT_CFG["quant_cfg"]}
-    ours = {entry["quantizer_name"]: entry.get("cfg") for entry in quant_config(["layer"], "int8")["quant_cfg"]}
-    for kind in ("weight", "input"):
-        theirs = preset[f"*{kind}_quantizer"]
-        assert {key: theirs.get(key) for key in ("num_bits", "axis")} == ours[f"layer.{kind}_quantizer"]
-
-
 @pytest.mark.wrong_shapes
-def test_settings_round_trip_and_bad_ones_are_refused():
-    technique = ModeloptPTQ(prompts=("bag", "coat"), skip=("proj_out",), guidance_scale=2.0)
-    assert ModeloptPTQ(**json.loads(json.dumps(dataclasses.asdict(technique)))) == technique
-    assert "simulated" in technique.describe()
+def test_settings_round_trip_and_bad_ones_are_refused(pipe):
+    for technique in (
+        PTQ("fp8", prompts=("bag", "coat"), skip=("proj_out",), guidance_scale=2.0, ranges="mse"),
+        PTQ(layers={"proj_out": "nvfp4"}),
+    ):
+        assert PTQ(**json.loads(json.dumps(dataclasses.asdict(technique)))) == technique
+        assert "simulated" in technique.describe()
     for change, message in [
-        ({"format": "int3"}, "one of int8, got 'int3'"),
+        ({"format": "int3"}, "one of int8, .*, got 'int3'"),
+        ({"layers": {"proj_out": "int3"}}, "one of int8, .*, got 'int3'"),
+        ({"layers": {"proj_out": "int8"}, "first_blocks": 1}, "layers names every layer itself"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"rank": 0}, "rank must be 1 or more, got 0"),
+        ({"ranges": "entropy"}, "ranges must be one of max, percentile, mse, got 'entropy'"),
+        ({"percentile": 0.0}, r"percentile must lie in \(0, 100\], got 0.0"),
         ({"prompts": ()}, "prompts must not be empty"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ModeloptPTQ(**change)
+            PTQ(**change)
+    with pytest.raises(ValueError, match="rank=4 is for a format with a low-rank branch"):
+        PTQ("int8", rank=4).apply(pipe)
 
 
 def test_a_pipeline_without_classes_needs_prompts(pipe):
@@ -144,15 +145,32 @@ def test_a_pipeline_without_classes_needs_prompts(pipe):
         QUICK.apply(pipe)
 
 
+def test_a_few_step_student_is_calibrated_at_its_own_steps(shipped):
+    pipe = shipped("fashion-4step")
+    times = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: times.append(float(kwargs["timestep"][0])), with_kwargs=True
+    )
+    exact = generate(pipe, steps=4, guidance=1.0, batch=10)
+    own = list(times)
+    technique = PTQ("fp8", calibration_batches=2)
+    technique.apply(pipe)
+    assert times[len(own) :] == 2 * own
+    handle.remove()
+    assert 0 < error(generate(pipe, steps=4, guidance=1.0, batch=10), exact) < 0.3
+    technique.remove(pipe)
+    assert torch.equal(generate(pipe, steps=4, guidance=1.0, batch=10), exact)
+
+
 def test_the_shipped_teacher_stands_int8_and_simulation_agrees_with_the_real_kernel(shipped):
     pipe = shipped("fashion")
-    exact = generate(pipe, steps=10, batch=10)
-    technique = ModeloptPTQ(calibration_batches=2, num_inference_steps=6, guidance_scale=2.0)
+    exact = generate(pipe, steps=6, batch=5)
+    technique = PTQ(calibration_batches=2, batch_size=5, num_inference_steps=4, guidance_scale=2.0)
     technique.apply(pipe)
-    simulated = error(generate(pipe, steps=10, batch=10), exact)
+    simulated = error(generate(pipe, steps=6, batch=5), exact)
     technique.remove(pipe)
-    assert torch.equal(generate(pipe, steps=10, batch=10), exact)
+    assert torch.equal(generate(pipe, steps=6, batch=5), exact)
     DynamicInt8().apply(pipe)
-    real = error(generate(pipe, steps=10, batch=10), exact)
+    real = error(generate(pipe, steps=6, batch=5), exact)
     assert simulated < 0.05
     assert 1 / 3 < simulated / real < 3

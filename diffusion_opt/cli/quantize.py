@@ -1,0 +1,264 @@
+"""`diffusion-opt quantize`: fewer bits for a model, measured on its own trajectories, packed, and saved.
+
+    diffusion-opt quantize fashion-4step --format nvfp4 --out runs/nvfp4             post-training quantization
+    diffusion-opt quantize fashion-4step --format nvfp4 --qat-minutes 5 --out DIR    and trained to its float self
+    diffusion-opt quantize fashion-4step --format nvfp4 mxfp8 --bits 6 --out DIR     the best mixture of that size
+    diffusion-opt quantize fashion-1step --format dynamic_int8 --out DIR             really faster, on a CPU
+
+`diffusion_opt.load(DIR)` opens what it writes, in another process and with the same output.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from diffusion_opt.cli.options import RUNS, settle, writable
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from rich.table import Table
+
+    from diffusion_opt.quantization import PTQ, LayerChoice, QuantizationReport
+    from diffusion_opt.quantization.sensitivity import Probe
+    from diffusion_opt.quantization.trajectory_points import Generate
+
+FormatName = Literal[
+    "dynamic_int8",
+    "int8",
+    "int8_per_token",
+    "int8_smoothquant",
+    "fp8",
+    "mxfp8",
+    "int4_weight_only",
+    "w4a8",
+    "w4a4",
+    "nvfp4",
+    "nvfp4_svdquant",
+]
+REAL = "dynamic_int8"  # the one with a kernel of its own; all others are simulated, then packed
+UNSEEN = 10_000  # how far the seed of the measured noise lies from that of the calibrated
+
+
+def quantize(
+    model: Annotated[str, tyro.conf.Positional],
+    out: Path,
+    format: tuple[FormatName, ...] = ("int8",),
+    bits: float | None = None,
+    calibrate: int = 40,
+    qat_minutes: float | None = None,
+    attention: Literal["int8", "fp8", "nvfp4"] | None = None,
+    skip: tuple[str, ...] = (),
+    first_blocks: int = 0,
+    last_blocks: int = 0,
+    prompts: tuple[str, ...] = (),
+    samples: int = 20,
+    seed: int = 0,
+    threads: int | None = None,
+) -> None:
+    """Quantize the linear layers of a model's blocks, report what it costs and saves, and write the packed model.
+
+    Formats: int8, fp8 and mxfp8 have 8 bits a weight, w4a8, w4a4, nvfp4 and nvfp4_svdquant 4.5. The inputs of the
+    layers are rounded too, except with int4_weight_only. int8_smoothquant and nvfp4_svdquant move outliers to where
+    they can be held, usually for a smaller error. Of all these, a CPU gets smaller weights and no speed.
+    dynamic_int8 is really faster on a CPU and needs no calibration.
+
+    Embedders, modulation and the output layer stay in float: they are small, and their error reaches everything. The
+    table gives the reason for each layer that is kept. The error is that of the velocity, relative to the float
+    model's, at points of trajectories that calibration has not seen.
+
+    Too large an error? Take a better format, keep the layers it says are worst (--skip), mix formats (--bits), or let
+    the model get used to its roundings (--qat-minutes), in this order.
+
+    Args:
+        model: shipped name, folder or hub name.
+        out: new folder for the packed model.
+        format: one format for all layers, or several to mix with --bits.
+        bits: average bits a weight, scales included; layers get the formats with the least error of that size.
+        calibrate: samples that fix the ranges of inputs.
+        qat_minutes: train so long through the rounding, to the velocity of the float model; needs no data.
+        attention: also compute attention with q, k, v and its weights in this format; the folder remembers it.
+        skip: regular expressions; layers whose whole name matches stay in float.
+        first_blocks: blocks at the start of the stack that stay in float.
+        last_blocks: blocks at its end that do.
+        prompts: to calibrate and measure with; default: the classes of a shipped model.
+        samples: generations behind the reported error.
+        seed: of calibration, measurement and training.
+        threads: CPU threads of torch; default: torch's own choice.
+    """
+    _check(format, bits, calibrate, qat_minutes, samples)
+    writable(out)
+    if any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: name a new folder with --out")
+    settle("cpu", threads)
+    import torch
+    from rich.console import Console
+
+    from diffusion_opt.quantization import quantization_report
+    from diffusion_opt.quantization.sensitivity import record_probe
+    from diffusion_opt.quantization.storage import load, save_quantized
+
+    pipe = load(model)
+    pipe.set_progress_bar_config(disable=True)
+    generate = _generate(prompts)
+    choices = _choices(pipe, format, skip, first_blocks, last_blocks)
+    probe = record_probe(pipe, samples, torch.Generator().manual_seed(seed + UNSEEN), generate=generate)
+    errors: dict[str, float] = {}
+    if format == (REAL,):
+        formats = _real(pipe, choices, attention)
+    else:
+        layers = _formats(pipe, choices, format, bits, seed, generate)
+        technique = _technique(layers, prompts, calibrate, seed)
+        formats = {name: found.name for name, found in technique.formats(pipe.transformer).items()}
+        training = None if qat_minutes is None else (qat_minutes, seed, RUNS / "quantize" / out.name)
+        errors |= _apply(pipe, technique, attention, training, generate, probe)
+    errors["as saved"] = _error(pipe, probe)
+    save_quantized(pipe, out)
+    console = Console()
+    console.print(table(quantization_report(pipe), formats, {choice.name: choice.reason for choice in choices}))
+    for stage, error in errors.items():
+        console.print(f"relative error of the velocity, {stage}: {error:.4f}", highlight=False)
+    console.print(f"written to {out}: open it with diffusion_opt.load({str(out)!r})", highlight=False)
+
+
+def table(report: "QuantizationReport", formats: Mapping[str, str], reasons: Mapping[str, str]) -> "Table":
+    """Each linear layer: its format or why it is kept, and its bytes now and in float32."""
+    from rich.table import Table
+
+    shown = Table("layer", "format", "bytes", "float32", title="linear layers")
+    for layer in report.layers:
+        kept = reasons.get(layer.name) or "left in float by the mixture"
+        what = formats[layer.name] if layer.kind != "float" else f"float: {kept}"
+        shown.add_row(layer.name, what, f"{layer.weight_bytes:,}", f"{layer.float32_bytes:,}")
+    ratio = report.float32_bytes / report.weight_bytes
+    shown.add_section()
+    shown.add_row(
+        f"{len(report.quantized)} of {len(report.layers)} quantized",
+        f"{ratio:.2f} times smaller",
+        f"{report.weight_bytes:,}",
+        f"{report.float32_bytes:,}",
+    )
+    return shown
+
+
+def _check(format: tuple[str, ...], bits: float | None, calibrate: int, minutes: float | None, samples: int) -> None:
+    """Refuse wishes that contradict each other, before anything is loaded."""
+    if not format or (len(format) > 1) != (bits is not None):
+        raise ValueError(f"--bits mixes two or more formats, got --format {' '.join(format)} and --bits {bits}")
+    if REAL in format and (len(format) > 1 or minutes is not None):
+        raise ValueError(f"{REAL} is a kernel and stands alone: leave out other formats and --qat-minutes")
+    if calibrate < 1 or samples < 1:
+        raise ValueError(f"--calibrate and --samples must be 1 or more, got {calibrate} and {samples}")
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"--qat-minutes must be above 0, got {minutes}")
+
+
+def _generate(prompts: tuple[str, ...]) -> "Generate":
+    """How the float model is sampled: random classes, or these prompts in turn."""
+    from diffusion_opt.quantization.trajectory_points import random_classes
+
+    def in_turn(pipe: "DiffusionPipeline", number: int, generator: "torch.Generator") -> None:
+        chosen = [prompts[index % len(prompts)] for index in range(number)]
+        pipe(prompt=chosen, generator=generator, output_type="latent")
+
+    return in_turn if prompts else random_classes
+
+
+def _choices(
+    pipe: "DiffusionPipeline", format: tuple[str, ...], skip: tuple[str, ...], first_blocks: int, last_blocks: int
+) -> "list[LayerChoice]":
+    """The policy's word on each layer. Raises ValueError if nothing is left to quantize."""
+    from diffusion_opt.quantization import choose
+    from diffusion_opt.quantization.int8_cpu import MIN_WIDTH, kernel_here
+
+    min_width = MIN_WIDTH[kernel_here()[0]] if format == (REAL,) else 0
+    choices = choose(pipe.transformer, min_width, skip, first_blocks, last_blocks)
+    if not any(choice.quantized for choice in choices):
+        reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices))
+        raise ValueError(f"nothing is left to quantize: {reasons}")
+    return choices
+
+
+def _real(pipe: "DiffusionPipeline", choices: "list[LayerChoice]", attention: str | None) -> dict[str, str]:
+    """Put the CPU's INT8 kernel on, and attention if asked to; name the layers."""
+    from diffusion_opt.quantization import DynamicInt8
+    from diffusion_opt.quantization.attention import LowPrecisionAttention
+
+    kept = tuple(re.escape(choice.name) for choice in choices if not choice.quantized)
+    DynamicInt8(min_width=0, skip=kept, reversible=False).apply(pipe)
+    if attention is not None:
+        LowPrecisionAttention(attention).apply(pipe)
+    return {choice.name: REAL for choice in choices if choice.quantized}
+
+
+def _formats(
+    pipe: "DiffusionPipeline",
+    choices: "list[LayerChoice]",
+    format: tuple[str, ...],
+    bits: float | None,
+    seed: int,
+    generate: "Generate",
+) -> dict[str, str]:
+    """One format for every layer, or the best mixture of this size; prints what each layer minds."""
+    chosen = {choice.name: (choice.name,) for choice in choices if choice.quantized}
+    if bits is None:
+        return dict.fromkeys(chosen, format[0])
+    import torch
+
+    from diffusion_opt.quantization.allocation import allocate
+    from diffusion_opt.quantization.sensitivity import record_probe, sensitivity
+
+    probe = record_probe(pipe, 10, torch.Generator().manual_seed(seed), generate=generate)
+    found = sensitivity(pipe, probe, format, groups=chosen, progress=True)
+    allocation = allocate(found, bits_per_weight=bits)
+    print(found, allocation, sep="\n", flush=True)
+    return allocation.layers
+
+
+def _technique(layers: dict[str, str], prompts: tuple[str, ...], calibrate: int, seed: int) -> "PTQ":
+    from diffusion_opt.quantization import PTQ
+
+    batch = min(calibrate, 10)
+    return PTQ(
+        layers=layers, prompts=prompts or None, calibration_batches=-(-calibrate // batch), batch_size=batch,
+        seed=seed, progress=True,
+    )  # fmt: skip
+
+
+def _apply(
+    pipe: "DiffusionPipeline",
+    technique: "PTQ",
+    attention: str | None,
+    training: tuple[float, int, Path] | None,
+    generate: "Generate",
+    probe: "Probe",
+) -> dict[str, float]:
+    """Quantize, train if asked to (minutes, seed, folder), and pack. Returns the error before training, if any."""
+    from diffusion_opt.quantization.attention import LowPrecisionAttention
+    from diffusion_opt.quantization.packing import pack
+    from diffusion_opt.quantization.qat import QAT, apply_all, quantization_aware
+
+    techniques = [technique] if attention is None else [technique, LowPrecisionAttention(attention)]
+    apply_all(pipe, techniques)
+    errors = {}
+    if training is not None:
+        minutes, seed, folder = training
+        errors["before training"] = _error(pipe, probe)
+        for one in reversed(techniques):
+            one.remove(pipe)
+        quantization_aware(pipe, techniques, replace(QAT, minutes=minutes, seed=seed), folder, generate=generate)
+    pack(pipe)
+    return errors
+
+
+def _error(pipe: "DiffusionPipeline", probe: "Probe") -> float:
+    """Root mean square over the probe's times."""
+    from diffusion_opt.quantization.sensitivity import errors_by_time
+
+    errors = errors_by_time(pipe.transformer, probe)
+    return math.sqrt(sum(error**2 for error in errors) / len(errors))

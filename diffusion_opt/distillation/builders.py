@@ -1,0 +1,180 @@
+"""From a task (networks, images, trajectories) to the `Distiller` of a method: where options get their values.
+
+One function a method, named in `methods.METHODS`. Trajectory methods get the teacher with guidance, or without where
+the scale is part of the method. Distribution methods get a fake score, a copy of the teacher; the ladder of their
+student follows from the network it starts as: a flow map goes on along its own jumps, another network predicts the
+picture and noises it again.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diffusion_opt.datasets import ImageData
+from diffusion_opt.distillation.distribution import (
+    AdversarialDistillation,
+    DistributionMatching,
+    FeatureHeads,
+    RegularizedMatching,
+    ScoreIdentity,
+)
+from diffusion_opt.distillation.trajectory import (
+    METHODS,
+    FlowMapDistillation,
+    FlowMapSettings,
+    GuidanceDistillation,
+    OdeDistillation,
+    OdePairs,
+    ProgressiveDistillation,
+    Reflow,
+    train_progressively,
+)
+from diffusion_opt.flow import SAMPLERS, ClassCondition, Guided, randn, sampling_times
+from diffusion_opt.training import TrainConfig, TrainResult
+from diffusion_opt.training.lora import LoraSettings, adapters
+
+RENOISED = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.9, 0.75, 0.5)}  # times of students that noise their picture again
+FIRST_STAGE = 8  # steps of the first student of progressive distillation
+NUM_REFERENCE = 128  # pictures of the teacher that the alarms compare with
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a `Distiller` is built from; networks, images and trajectories are on one device."""
+
+    student: nn.Module  # in training
+    network: nn.Module  # the teacher without guidance, frozen
+    guidance: float
+    steps: int
+    image_shape: tuple[int, ...]
+    num_classes: int
+    data: ImageData | None = None
+    pairs: OdePairs | None = None
+    lora: LoraSettings | None = None  # of the student; the fake score gets the same
+    seed: int = 0
+
+    @property
+    def teacher(self) -> Guided:
+        return Guided(self.network, self.guidance)
+
+    def fake_score(self) -> nn.Module:
+        """A network that starts as the teacher and will follow the student: a copy, or an adapter on the teacher."""
+        if self.lora is not None:
+            return adapters(self.network, ("fake_score",), self.lora)["fake_score"]
+        return copy.deepcopy(self.network).train().requires_grad_(True)
+
+    @torch.no_grad()
+    def reference(self) -> Float[Tensor, "n *s"]:
+        """Pictures of the guided teacher, from 8 second-order steps."""
+        device = next(self.network.parameters()).device
+        noise = randn((NUM_REFERENCE, *self.image_shape), torch.Generator(device).manual_seed(2**31 + self.seed))
+        labels = torch.arange(NUM_REFERENCE, device=device) % self.num_classes
+        condition = ClassCondition(labels, self.num_classes)
+        return SAMPLERS["adams_bashforth2"](self.teacher, noise, sampling_times(8), condition)
+
+
+def ladder(steps: int) -> tuple[float, ...]:
+    """Evenly spaced times 1, 1 - 1/n, …, 1/n."""
+    return tuple(1 - rung / steps for rung in range(steps))
+
+
+def ode(task: Task) -> OdeDistillation:
+    return OdeDistillation(task.student, task.pairs, task.steps)
+
+
+def reflow(task: Task) -> Reflow:
+    return Reflow(task.student, task.pairs)
+
+
+def guidance(task: Task) -> GuidanceDistillation:
+    return GuidanceDistillation(task.student, task.network, task.data, (task.guidance, task.guidance))
+
+
+def flow_map(name: str) -> Callable[[Task], FlowMapDistillation]:
+    """The builder of a setting of the flow-map identity."""
+    return flow_map_with(METHODS[name])
+
+
+def flow_map_with(settings: FlowMapSettings) -> Callable[[Task], FlowMapDistillation]:
+    """The builder of settings that have no name."""
+
+    def build(task: Task) -> FlowMapDistillation:
+        teacher = task.teacher if settings.guidance is None else task.network
+        return FlowMapDistillation(task.student, teacher, task.data, settings)
+
+    return build
+
+
+def progressive(task: Task) -> ProgressiveDistillation:
+    """The stage of the task's own steps alone; `halve` runs them all."""
+    return ProgressiveDistillation(task.student, task.teacher, task.data, task.steps)
+
+
+def halve(task: Task, config: TrainConfig, out: Path, progress: bool) -> dict[int, TrainResult]:
+    """Progressive distillation from `FIRST_STAGE` steps down to the task's; see `train_progressively`."""
+    stages = [FIRST_STAGE]
+    while stages[-1] > task.steps:
+        stages.append(stages[-1] // 2)
+    return train_progressively(task.teacher, task.student, task.data, stages, config, out, progress)
+
+
+def matching(task: Task) -> DistributionMatching:
+    return DistributionMatching(**_matching(task))
+
+
+def score_identity(task: Task) -> ScoreIdentity:
+    return ScoreIdentity(**_matching(task))
+
+
+def matching_with_head(divergence: str) -> Callable[[Task], DistributionMatching]:
+    """The builder of DMD2 with its GAN head, or of f-distill."""
+
+    def build(task: Task) -> DistributionMatching:
+        if task.lora is not None:
+            raise ValueError("the GAN head reads the fake score's blocks; with LoRA it has none of its own: use dmd2")
+        options = _matching(task)
+        head = FeatureHeads.of(options["fake_score"], task.image_shape, task.num_classes)
+        return DistributionMatching(**options, head=head, data=task.data, divergence=divergence)
+
+    return build
+
+
+def regularized(task: Task) -> RegularizedMatching:
+    """The loss along the path is that of the family the student belongs to."""
+    trajectory = flow_map("flow_map" if two_time(task.student) else "consistency")(task)
+    return RegularizedMatching(**_matching(task), trajectory=trajectory.losses)
+
+
+def adversarial(task: Task) -> AdversarialDistillation:
+    head = FeatureHeads.of(task.network, task.image_shape, task.num_classes)
+    return AdversarialDistillation(**_rollout(task), network=task.network, head=head, data=task.data)
+
+
+def two_time(student: nn.Module) -> bool:
+    """Whether a network takes a second time."""
+    return bool(getattr(student, "two_time", False))
+
+
+def _rollout(task: Task) -> dict[str, Any]:
+    jumps = two_time(task.student)
+    return {
+        "student": task.student,
+        "image_shape": task.image_shape,
+        "num_classes": task.num_classes,
+        "times": ladder(task.steps) if jumps else RENOISED[task.steps],
+        "between": "jump" if jumps else "noise",
+    }
+
+
+def _matching(task: Task) -> dict[str, Any]:
+    return _rollout(task) | {
+        "reference": task.reference(),
+        "teacher": task.teacher,
+        "fake_score": task.fake_score(),
+    }

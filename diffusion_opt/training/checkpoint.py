@@ -1,0 +1,171 @@
+"""What a run writes, and how it comes back: safetensors and JSON, one process or many, no pickles.
+
+    checkpoint/state.json                          step, seconds, updates of the average, the configuration
+    checkpoint/ema.safetensors                     the averaged weights of the first role
+    checkpoint/<role>.safetensors                  the weights of each role
+    checkpoint/<role>-optimizer.safetensors        AdamW's moments, "<number of the parameter>.<moment>"
+
+With a sharded role each process writes its own slices, through torch's distributed checkpoint (DCP) with its Hugging
+Face writer: `checkpoint/shards/*.safetensors`, where the header of each file says which slice it holds. (DCP's default
+writer pickles its metadata; this one does not.) All tensors are in there under "<file>/<name>". Either form is read by
+any number of processes, sharded or not.
+
+A role's frozen parameters are not saved: they are as they were, like a teacher. Checkpoints are written beside the old
+one and then swapped in, so a crash while saving loses nothing. Processes must see the same folder.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diffusion_opt.training.config import SAME_TO_RESUME, TrainConfig
+from diffusion_opt.training.distributed import Processes, is_sharded
+
+CHECKPOINT = "checkpoint"
+SHARDS = "shards"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass
+class TrainState:
+    """All that changes during a run."""
+
+    networks: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    ema: nn.Module  # average of the first network
+    micro_batches: int
+    step: int = 0
+    seconds: float = 0.0
+    ema_updates: int = 0
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by file: the run's own tensors, not copies."""
+        files = {"ema": _trained(self.ema)}
+        for name, network in self.networks.items():
+            files[name] = _trained(network)
+            parameters = self.optimizers[name].param_groups[0]["params"]
+            states = ((index, self.optimizers[name].state.get(p, {})) for index, p in enumerate(parameters))
+            files[f"{name}-optimizer"] = {f"{i}.{part}": value for i, state in states for part, value in state.items()}
+        return files
+
+
+def _trained(network: nn.Module) -> dict[str, Tensor]:
+    """State of a network without its frozen parameters. An average is frozen as a whole, and then all of it counts."""
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    if len(frozen) == sum(1 for _ in network.parameters()):
+        frozen = set()
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
+
+
+def save(state: TrainState, config: TrainConfig, out: Path, processes: Processes) -> None:
+    """Write a checkpoint beside the last one, then put it in its place; all processes call it together."""
+    final, fresh, old = (out / f"{CHECKPOINT}{end}" for end in ("", ".new", ".old"))
+    if processes.is_main:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        fresh.mkdir(parents=True)
+    processes.wait()
+    files = state.tensors()
+    if any(is_sharded(network) for network in state.networks.values()):
+        writer = dcp.HuggingFaceStorageWriter(str(fresh / SHARDS), save_distributed=True)
+        dcp.save(_flat(files), storage_writer=writer)
+    elif processes.is_main:
+        for stem, tensors in files.items():
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh / f"{stem}.safetensors")
+    processes.wait()
+    if processes.is_main:
+        numbers = {name: getattr(state, name) for name in ("step", "seconds", "ema_updates", "micro_batches")}
+        (fresh / "state.json").write_text(json.dumps(numbers | {"config": asdict(config)}, indent=2))
+        if final.is_dir():
+            os.replace(final, old)
+        os.replace(fresh, final)
+        shutil.rmtree(old, ignore_errors=True)
+    processes.wait()
+
+
+def find(out: Path, processes: Processes) -> Path | None:
+    """The folder of the last checkpoint, None if there is none; repairs a swap that was interrupted."""
+    folder, fresh = out / CHECKPOINT, out / f"{CHECKPOINT}.new"
+    if processes.is_main and not folder.is_dir() and (fresh / "state.json").is_file():
+        os.replace(fresh, folder)  # stopped between the two moves of `save`
+    processes.wait()
+    return folder if folder.is_dir() else None
+
+
+def read_numbers(folder: Path, config: TrainConfig) -> dict:
+    """`state.json` of a checkpoint. Raises ValueError if its settings would make this another run."""
+    numbers = json.loads((folder / "state.json").read_text())
+    before = {field.name: field.default for field in fields(config)} | numbers["config"]
+    now = json.loads(json.dumps(asdict(config)))  # as JSON keeps it: tuples are lists
+    now["accumulate"] = now["accumulate"] or numbers.get("micro_batches", 1)
+    before["accumulate"] = numbers.get("micro_batches", 1)
+    for name in (*SAME_TO_RESUME, "accumulate"):
+        if before[name] != now[name]:
+            raise ValueError(
+                f"{folder} was trained with {name}={before[name]}, now {now[name]}; "
+                "use the same settings to resume, or another output folder to start anew"
+            )
+    return numbers
+
+
+def load(state: TrainState, folder: Path, numbers: dict) -> None:
+    """Put a checkpoint into the run, whatever number of processes wrote it. All processes call it together."""
+    shards = folder / SHARDS
+    if shards.is_dir():
+        reader = dcp.HuggingFaceStorageReader(str(shards))
+        saved = reader.read_metadata().state_dict_metadata.keys()
+        _make_moments(state, saved)
+        _check_names(_flat(state.tensors()), saved, shards)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+            dcp.load(_flat(state.tensors()), storage_reader=reader, no_dist=not dist.is_initialized())
+    else:
+        stems = ("ema", *state.networks, *(f"{name}-optimizer" for name in state.networks))
+        files = {stem: load_file(folder / f"{stem}.safetensors") for stem in stems}
+        _make_moments(state, _flat(files).keys())
+        with torch.no_grad():
+            for stem, tensors in state.tensors().items():
+                _copy(tensors, files[stem], folder / f"{stem}.safetensors")
+    state.step, state.seconds = numbers["step"], numbers["seconds"]
+    state.ema_updates = numbers["ema_updates"]
+
+
+def _flat(files: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{stem}/{name}": tensor for stem, tensors in files.items() for name, tensor in tensors.items()}
+
+
+def _make_moments(state: TrainState, saved: Collection[str]) -> None:
+    """Give each optimizer the moments that the checkpoint has, still empty: torch makes them at the first step only."""
+    for name, optimizer in state.optimizers.items():
+        for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            if f"{name}-optimizer/{index}.step" in saved:
+                zero = torch.zeros((), device=parameter.device)
+                empty = [torch.zeros_like(parameter), torch.zeros_like(parameter), zero]
+                optimizer.state[parameter] = dict(zip(MOMENTS, empty, strict=True))
+
+
+def _check_names(into: Collection[str], saved: Collection[str], path: Path) -> None:
+    if missing := set(into) - set(saved):
+        raise ValueError(f"{path} does not fit this network: it lacks {sorted(missing)[0]!r}")
+
+
+def _copy(into: dict[str, Tensor], source: dict[str, Tensor], path: Path) -> None:
+    _check_names(into, source, path)
+    for name, tensor in into.items():
+        if tensor.shape != source[name].shape:
+            raise ValueError(f"{path}: {name!r} is {tuple(source[name].shape)}, the network's {tuple(tensor.shape)}")
+        value = source[name].to(tensor.device)
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)
