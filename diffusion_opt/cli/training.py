@@ -83,12 +83,12 @@ def distill(
         progressive: half as many steps with each stage, 8, 4, 2, 1; all students of the way are kept.
         flow_map: jumps between any two times: one student for 1, 2, 4 and more steps.
         shortcut: a flow map that learns each jump from two of its own, half as long.
-        mean_flow: a flow map in the limit of short hops, by a Jacobian-vector product.
-        mean_flow_difference: the same by a difference of two passes, for kernels without such a product.
-        mean_flow_data: the same, taught by the images and not by the teacher.
+        mean_flow: a flow map in the limit of short hops, by an exact derivative, which is unstable on FLUX.2.
+        mean_flow_difference: the same by a difference over 0.02 of time, which is stable there.
+        mean_flow_data: the exact one, taught by the images and not by the teacher.
         consistency: jumps from any time to the picture, taught by the teacher's short hops.
         consistency_training: the same, with hops along the images and not along the teacher's path.
-        scm: consistency in the limit of short hops, its tangent scaled.
+        scm: consistency in the limit of short hops, its tangent scaled; unstable on FLUX.2 likewise.
         lcm: consistency with the guidance scale as an input of the student.
 
     Methods that match the teacher's distribution; they start from a student, which is made first if it is not there:

@@ -145,6 +145,7 @@ def load_pairs(folder: Path) -> OdePairs:
     labels = torch.cat([shard["labels"] for shard in shards])
     if len(labels) != manifest["config"]["num_pairs"]:
         raise CorruptFileError(f"{folder} is not finished: {len(labels)} of {manifest['config']['num_pairs']} pairs")
-    states = torch.cat([shard["states"] for shard in shards]).float()
+    # Each shard by itself: under bfloat16 autocast torch refuses to concatenate float16.
+    states = torch.cat([shard["states"].float() for shard in shards])
     times = sampling_times(manifest["config"]["num_rungs"]).float()
     return OdePairs(states, labels, times, manifest["num_classes"])

@@ -12,6 +12,7 @@ from diffusion_opt.lesson.checks.distribution_distillation import ex_10_1, ex_10
 from diffusion_opt.lesson.checks.fewer_steps import SHARP_RING, ex_02_1, ex_02_2, ex_02_3, shift_error
 from diffusion_opt.lesson.checks.low_precision_attention import ex_08_1, ex_08_2, ex_08_3
 from diffusion_opt.lesson.checks.quantization_ptq import ex_03_1, ex_03_2, ex_03_3
+from diffusion_opt.lesson.checks.quantization_qat import ex_04_1, ex_04_2, ex_04_3
 from diffusion_opt.lesson.checks.region_cache import ex_06_1, ex_06_2, ex_06_3
 from diffusion_opt.lesson.checks.start_here import ex_00_1
 from diffusion_opt.lesson.checks.step_caching import ex_05_1, ex_05_2, ex_05_3
@@ -32,6 +33,9 @@ __all__ = [
     "ex_03_1",
     "ex_03_2",
     "ex_03_3",
+    "ex_04_1",
+    "ex_04_2",
+    "ex_04_3",
     "ex_05_1",
     "ex_05_2",
     "ex_05_3",

@@ -13,9 +13,9 @@ from diffusion_opt.lesson.checks.answers import Answer, WrongAnswerError, called
 CAUSES = {"A": "frozen_hop", "B": "starved_end", "C": "coarse_hop"}
 SICK_STUDENTS = {name: FAILURES[cause] for name, cause in CAUSES.items()}
 _SIGNS = {
-    "A": "its loss is almost zero from the first step, and it makes what its teacher makes",
+    "A": "its loss is almost zero from the first step, and yet its points are far off: what can it learn from?",
     "B": "with four jumps it is right, with one it is not: which jump is it that it does not know?",
-    "C": "it makes rings too small at any number of steps, with a loss like the others': what did its target teach?",
+    "C": "its one pass looks like two Euler steps of the teacher, in the figure further up: what did its target teach?",
 }
 
 
@@ -53,9 +53,7 @@ def ex_09_2(answer: Answer) -> None:
     def jump(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
         return scale * (x.sin() + (t * t)[:, None] - 2 * r[:, None] * x)
 
-    todo = (
-        "hop to x_s = x_t - (t - s) v, ask jump(x_s, s, r) there, and mix both velocities by their times"
-    )
+    todo = "hop to x_s = x_t - (t - s) v, ask jump(x_s, s, r) there, and mix both velocities by their times"
     found = called(answer, (x, t, s, r, v, jump), todo)
     if found is None:
         return
