@@ -16,7 +16,6 @@ import copy
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -32,28 +31,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffusion_opt.datasets import ImageData
 from diffusion_opt.distillation.distribution import DistributionMatching
 from diffusion_opt.distillation.trajectory import FlowMapDistillation
-from diffusion_opt.flow import ClassCondition, Guided, clean_from_velocity, expand_time, interpolate, randn
+from diffusion_opt.flow import Guided
 from diffusion_opt.models import TokenCondition, flow_map_transformer
 from diffusion_opt.models.prompt_table import PromptTable
 from diffusion_opt.training import Distiller, TrainConfig, TrainResult, memory, process_group, shard, train
 from diffusion_opt.training.lora import Adapted, LoraSettings, adapters, checkpoint_blocks
 
 LADDER = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.9, 0.75, 0.5)}  # times from which a student of so many steps jumps
-
-
-@dataclass(kw_only=True)
-class EvenMatching(DistributionMatching):
-    """Makes the same number of passes whichever rungs are drawn, as sharded networks need it of all processes."""
-
-    @torch.no_grad()
-    def simulate(self, noise: Tensor, condition: ClassCondition, rungs: Tensor, generator: torch.Generator) -> Tensor:
-        x_t = noise
-        for rung, (t, r) in enumerate(pairwise(self.times)):
-            here = torch.full((len(noise),), t, device=noise.device)
-            clean = clean_from_velocity(x_t, self.student(x_t, here, condition), here)
-            x_r = interpolate(clean, randn(tuple(noise.shape), generator), torch.full_like(here, r))
-            x_t = torch.where(expand_time(rungs > rung, noise), x_r, x_t)
-        return x_t
 
 
 @dataclass(frozen=True)
@@ -99,7 +83,7 @@ def build_method(options: Options, teacher: nn.Module, num_prompts: int, data: I
             network.transformer.float().requires_grad_(True).enable_gradient_checkpointing()
     shape = teacher.sample_shape if hasattr(teacher, "sample_shape") else _shapes(large, options)[0]
     warmup = 1 if options.dry_run else 50
-    return EvenMatching(
+    return DistributionMatching(
         **networks,
         teacher=guided,
         image_shape=shape,

@@ -62,6 +62,8 @@ def distill(
     updates: int | None = None,
     clock: Literal["wall", "process"] = "wall",
     precision: Literal["float32", "bfloat16"] = "float32",
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
     guidance: float | None = None,
     pairs: int | None = None,
     data_limit: int | None = None,
@@ -108,6 +110,8 @@ def distill(
         updates: optimizer steps in all, repeatable to the bit; with minutes, the first one reached.
         clock: what minutes count: wall time, or CPU time of the process.
         precision: of matrix products; bfloat16 is faster on GPUs and on CPUs with AMX, far slower on others.
+        batch_size: images a step, over all processes; default: the method's own.
+        learning_rate: its peak; default: the method's own.
         guidance: guidance scale that is distilled into the student; default: the teacher's own.
         pairs: trajectories to make, for methods that learn from them.
         data_limit: number of training images to use; default: all.
@@ -137,6 +141,8 @@ def distill(
     config = replace(chosen.presets[steps], seed=seed, clock=clock, precision=precision)
     if minutes is not None or updates is not None:
         config = replace(config, minutes=minutes, steps=updates)
+    given = {"batch_size": batch_size, "learning_rate": learning_rate}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
     out = out or usual_folder(plan, RUNS)
     writable(out)
     with process_group(device) as among:

@@ -107,7 +107,7 @@ def by_differences(name: str) -> Callable[[Task], FlowMapDistillation]:
     FLUX.2 embeds 1000 t, so below some 0.005 of time the network has waves that training never smoothed: the exact
     derivative follows them and the run diverges (row "mean_flow" of `benchmarks/distillation_methods.py`).
     """
-    return flow_map_with(replace(METHODS[name], hop="difference", difference_step=0.01))
+    return flow_map_with(replace(METHODS[name], hop="difference"))
 
 
 def flow_map_with(settings: FlowMapSettings) -> Callable[[Task], FlowMapDistillation]:

@@ -5,6 +5,7 @@ from diffusion_opt.evaluation.distances import frechet_distance, kernel_distance
 from diffusion_opt.evaluation.features import METRIC_NAME, FashionFeatures, embed, load_features
 from diffusion_opt.evaluation.machine import machine
 from diffusion_opt.evaluation.measurement import Measurement, Protocol, Rung, measure_together, speedup
+from diffusion_opt.evaluation.modes import mode_shares, modes_covered, stray_share
 from diffusion_opt.evaluation.point_distances import mmd, sliced_wasserstein
 from diffusion_opt.evaluation.quality import Quality, TeacherGap, compare, quality, teacher_gap
 from diffusion_opt.evaluation.reference import Reference, floor_distance, load_reference
@@ -35,12 +36,15 @@ __all__ = [
     "machine",
     "measure_together",
     "mmd",
+    "mode_shares",
+    "modes_covered",
     "moments",
     "peak_memory",
     "precision_recall",
     "quality",
     "sliced_wasserstein",
     "speedup",
+    "stray_share",
     "teacher_gap",
     "timed",
     "weight_bytes",

@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline
 from diffusion_opt.caching import TeaCache
 from diffusion_opt.evaluation import Measurement, Rung, measure_together, speedup
 from diffusion_opt.models import load
-from diffusion_opt.quantization import DynamicInt8
+from diffusion_opt.quantization import Bfloat16, DynamicInt8
+from diffusion_opt.quantization.bfloat16 import fast_here
 from diffusion_opt.recipes.recipe import Recipe
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
 
@@ -26,8 +27,10 @@ FASHION_LADDER: dict[str, Recipe] = {
     "+ step cache": Recipe((Solver(12), TeaCache(0.2))),
     "+ INT8": Recipe((Solver(12), DynamicInt8(), TeaCache(0.2))),
     "4-step student": Recipe((Student("fashion-4step"),)),
+    "2-step student": Recipe((Student("fashion-2step"),)),
     "1-step student": Recipe((Student("fashion-1step"),)),
     "combined": Recipe((Student("fashion-1step"), DynamicInt8())),
+    "combined, bfloat16": Recipe((Student("fashion-1step"), Bfloat16())),
 }
 
 
@@ -89,6 +92,16 @@ def measure(pipe: DiffusionPipeline, *, device: str = "cpu", **settings: Any) ->
     return measure_together(rungs, num_classes=num_classes, device=device, **settings)["pipeline"]
 
 
+def obstacle(recipe: Recipe, device: torch.device) -> str | None:
+    """Why a recipe has no place in a measurement on this device; None if nothing is in its way."""
+    for technique in recipe.techniques:
+        if isinstance(technique, DynamicInt8) and device.type != "cpu":
+            return "the INT8 linears of this version run on a CPU only"
+        if isinstance(technique, Bfloat16) and technique.require_fast and not fast_here(device):
+            return f"this {device.type} has no bfloat16 units (AMX on a CPU), float32 is faster"
+    return None
+
+
 def run_ladder(
     recipes: Mapping[str, Recipe] = FASHION_LADDER,
     *,
@@ -103,13 +116,13 @@ def run_ladder(
 ) -> LadderResult:
     """Measure all rungs together.
 
-    On a GPU the rungs that hold a CPU-only technique are left out and named in `skipped`; with `compile` the blocks of
-    every rung are compiled. Raises ValueError if a recipe does not fit the model.
+    Rungs with a technique that this machine cannot run, or only more slowly, are left out and named in `skipped`; with
+    `compile` the blocks of every rung are compiled. Raises ValueError if a recipe does not fit the model.
     """
     pipes, skipped = {}, {}
     for name, recipe in recipes.items():
-        if device != "cpu" and any(isinstance(t, DynamicInt8) for t in recipe.techniques):
-            skipped[name] = "the INT8 linears of this package's first version run on a CPU only"
+        if (reason := obstacle(recipe, torch.device(device))) is not None:
+            skipped[name] = reason
             continue
         if compile:
             recipe = Recipe((*recipe.techniques, Compile()))

@@ -1,7 +1,7 @@
 """The training loop: one for teachers, students and quantized networks; a method brings its losses and its roles."""
 
 from diffusion_opt.training.config import TrainConfig, step_generator
-from diffusion_opt.training.distributed import Processes, process_group, processes, shard
+from diffusion_opt.training.distributed import Processes, is_sharded, process_group, processes, shard
 from diffusion_opt.training.trainer import Distiller, Role, TrainResult, train
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Role",
     "TrainConfig",
     "TrainResult",
+    "is_sharded",
     "process_group",
     "processes",
     "shard",

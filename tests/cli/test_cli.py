@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffusion_opt.datasets import data_dir
+from diffusion_opt.quantization.bfloat16 import fast_here
 
 
 def run(*arguments: str, data: Path | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -113,7 +115,8 @@ def test_demo_runs_the_whole_ladder(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "demo/report.json").read_text())
     names = [rung["name"] for rung in report["rungs"]]
     assert names[0] == "teacher"
-    assert names[-1] == "combined"
+    assert "combined" in names
+    assert ("combined, bfloat16" in names) == fast_here(torch.device("cpu")), "left out where it would be slower"
     by_name = {rung["name"]: rung for rung in report["rungs"]}
     assert by_name["teacher"]["nfe"] == 100
     assert by_name["1-step student"]["nfe"] == 1

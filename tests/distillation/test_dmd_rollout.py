@@ -51,6 +51,22 @@ def test_the_gradient_goes_through_the_last_pass_only() -> None:
     torch.testing.assert_close(x, (1 - t[:, None] * 0.5) * x_t)
 
 
+def test_processes_of_a_sharded_student_make_the_same_passes_whatever_rungs_they_drew(monkeypatch) -> None:
+    monkeypatch.setattr("diffusion_opt.distillation.distribution.rollout.is_sharded", lambda network: True)
+    method = toy(DistributionMatching, RING, student=Shrinks(), times=LADDER)
+    noise, rungs = torch.randn(4, 2), torch.tensor([0, 1, 0, 1])
+    x_t = method.simulate(noise, None, rungs, torch.Generator().manual_seed(0))
+    first = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    assert [len(call[0]) for call in method.student.calls] == [4, 4]
+    assert torch.equal(x_t[rungs == 0], noise[rungs == 0])
+    torch.testing.assert_close(x_t[rungs == 1], (0.25 * 0.5 * noise + 0.75 * first)[rungs == 1])
+    jumping = toy(DistributionMatching, RING, student=ExactMap(), times=(1.0, 0.5), between="jump")
+    x, _ = jumping.generate(torch.Generator().manual_seed(2), 8)
+    assert [len(t) for t, _ in jumping.student.jumps] == [8, 8, 8]
+    noise, ones = torch.randn(8, 2, generator=torch.Generator().manual_seed(2)), torch.ones(8)
+    torch.testing.assert_close(x, noise - jumping.student.law(noise, ones, r=0 * ones), rtol=0, atol=1e-5)
+
+
 class ExactMap(nn.Module):
     """The exact flow map of a Gaussian, two-time, with a trainable offset."""
 

@@ -186,7 +186,7 @@ LABELS = torch.arange(2048) % 3
 POINTS = ImageData(
     MODES.sample(2048, torch.Generator().manual_seed(8), ClassCondition(LABELS, 3)), LABELS, ("a", "b", "c")
 )
-SHORT = {"random": {"hops": (2000, 2000)}, "difference": {"difference_step": 1e-2}}
+SHORT = {"random": {"hops": (2000, 2000)}}
 
 
 def on_points(name: str, **changes) -> FlowMapDistillation:

@@ -12,8 +12,9 @@ With "jump" the gradient goes through the jump t -> r and the jump r -> 0 that e
 AnyFlow (arXiv 2605.13724). `from_data` replaces the simulation by noised pictures of the data, which is what FastGen
 and modelopt.torch.fastgen do: cheaper, but the student then trains on points that it does not visit when it samples.
 
-Every sample of a batch has its own rung, and only those still on their way are rolled on. Nothing is kept between
-steps: no replay of old pictures, and all randomness comes from the step's generator.
+Every sample of a batch has its own rung, and only those still on their way are rolled on. The processes of a sharded
+student must all make the same passes, so there the others go along and what became of them is dropped. Nothing is kept
+between steps: no replay of old pictures, and all randomness comes from the step's generator.
 """
 
 from abc import ABC, abstractmethod
@@ -22,11 +23,12 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from diffusion_opt.datasets import ImageData
 from diffusion_opt.flow import ClassCondition, VelocityModel, clean_from_velocity, expand_time, interpolate, randn
+from diffusion_opt.training import is_sharded
 
 
 def jump(
@@ -135,7 +137,7 @@ class StudentRollout(ABC):
             return jump(self.student, x_t, ladder[rungs], ladder[rungs].new_zeros(batch_size), condition), condition
         r = ladder[rungs + 1]
         x_r = jump(self.student, x_t, ladder[rungs], r, condition)
-        on = (r > 0).nonzero().squeeze(1)
+        on = self.going(r > 0)
         if not len(on):
             return x_r, condition
         end = jump(self.student, x_r[on], r[on], torch.zeros_like(r[on]), None if condition is None else condition[on])
@@ -152,7 +154,7 @@ class StudentRollout(ABC):
         """The points at which the student itself arrives on each sample's rung, from noise, without gradient."""
         x_t = noise.clone()
         for rung, (t, r) in enumerate(pairwise(self.times)):
-            on = (rungs > rung).nonzero().squeeze(1)
+            on = self.going(rungs > rung)
             if not len(on):
                 break
             here = torch.full((len(on),), t, device=noise.device)
@@ -160,8 +162,13 @@ class StudentRollout(ABC):
             x = jump(self.student, x_t[on], here, there, None if condition is None else condition[on])
             if self.between == "noise":
                 x = interpolate(x, randn(tuple(x.shape), generator), torch.full_like(here, r))
-            x_t[on] = x
+            arrived = rungs[on] > rung
+            x_t[on[arrived]] = x[arrived]
         return x_t
+
+    def going(self, wanted: Bool[Tensor, " b"]) -> Int[Tensor, " n"]:
+        """Who takes part in a pass of the student: the wanted ones, or all if it (or what it adapts) is sharded."""
+        return (wanted | is_sharded(getattr(self.student, "base", self.student))).nonzero().squeeze(1)
 
     def real(self, generator: torch.Generator, batch_size: int) -> tuple[Float[Tensor, "b *s"], ClassCondition | None]:
         """Random pictures of the data with their classes."""

@@ -74,7 +74,7 @@ FAILURES = {
         cured=METHODS["consistency"],
     ),
     "frozen_hop": Failure(
-        symptom="the loss is almost zero from the first step, and the student hardly leaves its teacher",
+        symptom="the loss is almost zero from the first step, and the student drifts: it learns from rounding errors",
         cure="hops of 1/4 to 1/32 of all time (hops)",
         broken=replace(METHODS["consistency"], hops=(10**12, 10**12)),
         cured=METHODS["consistency"],

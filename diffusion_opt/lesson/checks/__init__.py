@@ -8,6 +8,7 @@ A right answer gets "correct: …" with what to take along. An error inside the 
 
 from diffusion_opt.lesson.checks.answers import WrongAnswerError
 from diffusion_opt.lesson.checks.combine import ex_12_1, ex_12_2, ex_12_3
+from diffusion_opt.lesson.checks.cost_and_data import ex_11_1, ex_11_2, ex_11_3
 from diffusion_opt.lesson.checks.distribution_distillation import ex_10_1, ex_10_2, ex_10_3
 from diffusion_opt.lesson.checks.fewer_steps import SHARP_RING, ex_02_1, ex_02_2, ex_02_3, shift_error
 from diffusion_opt.lesson.checks.low_precision_attention import ex_08_1, ex_08_2, ex_08_3
@@ -54,6 +55,9 @@ __all__ = [
     "ex_10_1",
     "ex_10_2",
     "ex_10_3",
+    "ex_11_1",
+    "ex_11_2",
+    "ex_11_3",
     "ex_12_1",
     "ex_12_2",
     "ex_12_3",

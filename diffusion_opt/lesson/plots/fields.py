@@ -40,6 +40,6 @@ def fields(
             axis.set(xlim=(-half, half), ylim=(-half, half), xticks=[], yticks=[], aspect="equal")
             axis.set_title(name, fontsize=10)
         if clouds:
-            axes[0, 0].legend(loc="upper left", fontsize=8, markerscale=3, borderpad=0.1)
+            axes[0, 0].legend(loc="upper left", fontsize=8, markerscale=3, borderpad=0.2, frameon=True)
         headline(figure, title)
     return figure

@@ -8,6 +8,7 @@ with checks, progress and hooks. Each function bears the name of its exercise's 
 from diffusion_opt.kernels.runtime import HAS_TRITON
 from diffusion_opt.lesson.solutions import (
     combine,
+    cost_and_data,
     distribution_distillation,
     fewer_steps,
     low_precision_attention,
@@ -31,6 +32,7 @@ LESSONS = (
     low_precision_attention,
     trajectory_distillation,
     distribution_distillation,
+    cost_and_data,
     combine,
 )
 if HAS_TRITON:  # Linux only; the lessons on kernels need it

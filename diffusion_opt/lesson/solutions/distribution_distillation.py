@@ -1,8 +1,10 @@
 """Solutions of lesson 10."""
 
+from dataclasses import replace
+
 import torch
 
-from diffusion_opt.distillation.distribution.failures import PlaneRun
+from diffusion_opt.distillation.distribution.failures import FAILURES
 
 
 def push(x, x_t, t, v_teacher, v_fake):
@@ -16,7 +18,7 @@ def weight_of(f, r):
     return second(r) * r**2
 
 
-mended = PlaneRun(fake_updates=1, warmup=0, fake_rate=2.0)
+mended = replace(FAILURES["slow_fake_score"], fake_rate=2.0)
 
 SOLUTIONS = {
     "ex_10_1": push,
