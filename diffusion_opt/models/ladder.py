@@ -42,8 +42,16 @@ def set_ladders(pipe: DiffusionPipeline, ladders: Sequence[Sequence[float]], ren
     )
 
 
-def ladder_of(ladders: Sequence[Sequence[float]], steps: int) -> list[float]:
-    """The ladder with this number of steps. Raises ValueError if the student was not trained for it."""
+def ladder_of(ladders: Sequence[Sequence[float]], steps: int, sigmas: Sequence[float] | None = None) -> list[float]:
+    """The ladder with this number of steps; or `sigmas`, if they are the end of a ladder, for a run that begins late.
+
+    Raises ValueError for times that the student was not trained for.
+    """
+    if sigmas is not None:
+        ends = [list(ladder[-len(sigmas) :]) for ladder in ladders if len(ladder) >= len(sigmas)]
+        if not any(all(abs(a - b) < 1e-6 for a, b in zip(end, sigmas, strict=True)) for end in ends):
+            raise ValueError(f"sigmas must be a ladder of the student or its end, {ladders}; got {list(sigmas)}")
+        return list(sigmas)
     for ladder in ladders:
         if len(ladder) == steps:
             return list(ladder)

@@ -178,9 +178,7 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
         if isinstance(prompt, int):
             prompt = [prompt]
         if config.ladders is not None:
-            if kwargs.get("sigmas") is not None:
-                raise ValueError(f"sigmas are those of the student's ladders, {config.ladders}; got {kwargs['sigmas']}")
-            kwargs["sigmas"] = ladder_of(config.ladders, steps)
+            kwargs["sigmas"] = ladder_of(config.ladders, steps, kwargs.get("sigmas"))
         with ExitStack() as during:
             during.enter_context(seeded_steps(self.scheduler, kwargs.get("generator")))
             if config.flow_map:

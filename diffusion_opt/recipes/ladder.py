@@ -26,7 +26,7 @@ FASHION_LADDER: dict[str, Recipe] = {
     "better solver": Recipe((Solver(12),)),
     "+ step cache": Recipe((Solver(12), TeaCache(0.2))),
     "+ INT8": Recipe((Solver(12), DynamicInt8(), TeaCache(0.2))),
-    "4-step student": Recipe((Student("fashion-4step"),)),
+    "4-step student": Recipe((Student("fashion-4step-g1.5"),)),
     "2-step student": Recipe((Student("fashion-2step"),)),
     "1-step student": Recipe((Student("fashion-1step"),)),
     "combined": Recipe((Student("fashion-1step"), DynamicInt8())),

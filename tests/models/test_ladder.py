@@ -75,8 +75,16 @@ def test_other_step_counts_are_refused(student):
     latents, _ = start(student)
     with pytest.raises(ValueError, match=r"trained for 1, 3 steps, got num_inference_steps=2"):
         call(student, latents, num_inference_steps=2)
-    with pytest.raises(ValueError, match="sigmas are those of the student's ladders"):
+    with pytest.raises(ValueError, match="sigmas must be a ladder of the student or its end"):
         call(student, latents, sigmas=[1.0, 0.5, 0.2])
+
+
+@torch.no_grad()
+def test_a_run_may_begin_on_a_later_rung(student):
+    latents, x = start(student)
+    rest = LADDERS[-1][1:]
+    found = call(student, latents, num_inference_steps=len(rest), sigmas=rest)
+    torch.testing.assert_close(found, by_hand(student, x, rest), rtol=0, atol=1e-5)
 
 
 def test_a_ladder_survives_saving(student, tmp_path):
