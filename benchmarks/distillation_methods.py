@@ -84,7 +84,8 @@ ROWS = (
     Row("dmd2 from flow_map, 4 steps", "dmd2", 4, "flow_map"),
     Row("reflow", "reflow", 4),
     Row("dmd2 from flow_map, 1 step", "dmd2", 1, "flow_map"),
-    Row("dmd2, K = 1, one time scale", "dmd2", 1, "ode", "failure", vary=matching(fake_updates=0, fake_rate=1.0)),
+    Row("dmd2, fake score held", "dmd2", 1, "ode", "failure", vary=matching(fake_updates=0, fake_rate=1.0)),
+    Row("dmd2, one for one, one rate", "dmd2", 1, "ode", "variant", vary=matching(fake_updates=1, fake_rate=1.0)),
     Row("consistency_training", "consistency_training", 4),
     Row("mean_flow", "mean_flow", 4, None, "failure"),  # the exact derivative of a fine embedding of time
     Row("f_distill from ode, 1 step", "f_distill", 1, "ode"),
