@@ -1,6 +1,7 @@
 """What several commands share: the device, torch's threads, and a folder to write to."""
 
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -28,8 +29,7 @@ def writable(folder: Path) -> None:
     """Make a folder before the long work starts. Raises ValueError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=folder):  # of a name of its own: several processes may ask at once
+            pass
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from error
