@@ -43,15 +43,15 @@ def set_ladders(pipe: DiffusionPipeline, ladders: Sequence[Sequence[float]], ren
 
 
 def ladder_of(ladders: Sequence[Sequence[float]], steps: int, sigmas: Sequence[float] | None = None) -> list[float]:
-    """The ladder with this number of steps; or `sigmas`, if they are the end of a ladder, for a run that begins late.
+    """The ladder with this number of steps, or `sigmas` of a run that begins below 1, at a noised picture.
 
-    Raises ValueError for times that the student was not trained for.
+    Raises ValueError for a run from noise at times that the student was not trained for. Where a picture is edited the
+    caller chooses how much of it stays, and so the times.
     """
-    if sigmas is not None:
-        ends = [list(ladder[-len(sigmas) :]) for ladder in ladders if len(ladder) >= len(sigmas)]
-        if not any(all(abs(a - b) < 1e-6 for a, b in zip(end, sigmas, strict=True)) for end in ends):
-            raise ValueError(f"sigmas must be a ladder of the student or its end, {ladders}; got {list(sigmas)}")
+    if sigmas is not None and sigmas[0] < 1:
         return list(sigmas)
+    if sigmas is not None and list(sigmas) not in [list(ladder) for ladder in ladders]:
+        raise ValueError(f"from noise this student's sigmas are those of its ladders, {ladders}; got {list(sigmas)}")
     for ladder in ladders:
         if len(ladder) == steps:
             return list(ladder)

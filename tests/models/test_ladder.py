@@ -75,12 +75,12 @@ def test_other_step_counts_are_refused(student):
     latents, _ = start(student)
     with pytest.raises(ValueError, match=r"trained for 1, 3 steps, got num_inference_steps=2"):
         call(student, latents, num_inference_steps=2)
-    with pytest.raises(ValueError, match="sigmas must be a ladder of the student or its end"):
+    with pytest.raises(ValueError, match="this student's sigmas are those of its ladders"):
         call(student, latents, sigmas=[1.0, 0.5, 0.2])
 
 
 @torch.no_grad()
-def test_a_run_may_begin_on_a_later_rung(student):
+def test_a_run_may_begin_at_a_noised_picture(student):
     latents, x = start(student)
     rest = LADDERS[-1][1:]
     found = call(student, latents, num_inference_steps=len(rest), sigmas=rest)

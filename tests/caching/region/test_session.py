@@ -8,6 +8,7 @@ from caching.region.models import CASES, NUM_TOKENS, noise
 from caching.region.script import Script, scripted
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
 from diffusion_opt.caching.region.session import RegionSession, attach, attached_session, detach
@@ -206,7 +207,9 @@ def test_lower_precision_is_exact_when_full_and_close_when_not(module):
     assert sizes["native"] > sizes["bf16"] > sizes["fp8"]
 
 
-def test_detach_leaves_no_trace(module):
+def test_detach_leaves_no_trace(module, monkeypatch):
+    # diffusers makes a backend that is set on one module the default of the process as well.
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     processors = {name: id(p) for name, p in module.attn_processors.items()}
     session = attach(module, None)
     assert attached_session(module) is session
