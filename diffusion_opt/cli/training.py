@@ -65,6 +65,8 @@ def distill(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     guidance: float | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    fake_updates: int | None = None,
     pairs: int | None = None,
     data_limit: int | None = None,
     classes: tuple[str, ...] = (),
@@ -113,6 +115,8 @@ def distill(
         batch_size: images a step, over all processes; default: the method's own.
         learning_rate: its peak; default: the method's own.
         guidance: guidance scale that is distilled into the student; default: the teacher's own.
+        guidance_interval: times at which it counts, 1 is noise; without the noisiest ones pictures are more varied.
+        fake_updates: of the fake score, or the discriminator, between two of the student; default: the method's own, 4.
         pairs: trajectories to make, for methods that learn from them.
         data_limit: number of training images to use; default: all.
         classes: use images of these classes only.
@@ -135,9 +139,10 @@ def distill(
     if guidance is None:
         guidance = load(teacher).config.default_guidance
     plan = StudentPlan(teacher, name, steps, guidance, start, None, data_limit, classes, lora)
+    plan = replace(plan, guidance_interval=guidance_interval, fake_updates=fake_updates)
     if pairs is not None or (chosen.pairs and seed):
         number = PAIRS.num_pairs if pairs is None else pairs
-        plan = replace(plan, pairs=replace(PAIRS, seed=seed, guidance_scale=guidance, num_pairs=number))
+        plan = replace(plan, pairs=replace(plan.pair_config, seed=seed, num_pairs=number))
     config = replace(chosen.presets[steps], seed=seed, clock=clock, precision=precision)
     if minutes is not None or updates is not None:
         config = replace(config, minutes=minutes, steps=updates)

@@ -51,17 +51,19 @@ class Task:
     student: nn.Module  # in training
     network: nn.Module  # the teacher without guidance, frozen
     guidance: float
+    guidance_interval: tuple[float, float]  # times at which guidance counts
     steps: int
     image_shape: tuple[int, ...]
     num_classes: int
     data: ImageData | None = None
     pairs: OdePairs | None = None
     lora: LoraSettings | None = None  # of the student; the fake score gets the same
+    fake_updates: int | None = None  # of the critic between two of the student; None: the method's own
     seed: int = 0
 
     @property
     def teacher(self) -> Guided:
-        return Guided(self.network, self.guidance)
+        return Guided(self.network, self.guidance, self.guidance_interval)
 
     def fake_score(self) -> nn.Module:
         """A network that starts as the teacher and will follow the student: a copy, or an adapter on the teacher."""
@@ -172,7 +174,8 @@ def two_time(student: nn.Module) -> bool:
 
 def _rollout(task: Task) -> dict[str, Any]:
     jumps = two_time(task.student)
-    return {
+    updates = {} if task.fake_updates is None else {"fake_updates": task.fake_updates}
+    return updates | {
         "student": task.student,
         "image_shape": task.image_shape,
         "num_classes": task.num_classes,

@@ -60,6 +60,8 @@ class StudentPlan:
     num_images: int | None = None  # training images to use; None: all
     classes: tuple[str, ...] = ()  # of these classes only; none given: all
     lora_rank: int | None = None  # train adapters of this rank, folded in at the end; None: all weights
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance counts, see `Guided`
+    fake_updates: int | None = None  # of the critic between two of the student; None: the method's own
 
     def __post_init__(self) -> None:
         method = method_named(self.method)
@@ -70,12 +72,18 @@ class StudentPlan:
             raise ValueError(f"{self.method} uses no images: leave out their number and classes")
         if self.pairs is not None and not method.pairs:
             raise ValueError(f"{self.method} uses no trajectories: leave out their settings")
+        if self.fake_updates is not None and method.kind != "distribution":
+            raise ValueError(f"{self.method} has no fake score or discriminator: leave out the number of its updates")
+        if self.guidance_interval != (0.0, 1.0) and "guidance" in (self.method, method.network):
+            raise ValueError(f"{self.method} learns the scale itself, at all times: leave out the guidance interval")
         if self.num_images is not None and self.num_images < 1:
             raise ValueError(f"num_images must be at least 1, got {self.num_images}")
 
     @property
     def pair_config(self) -> PairConfig:
-        return replace(PAIRS, guidance_scale=self.guidance) if self.pairs is None else self.pairs
+        if self.pairs is not None:
+            return self.pairs
+        return replace(PAIRS, guidance_scale=self.guidance, guidance_interval=self.guidance_interval)
 
 
 def make_teacher(
@@ -120,11 +128,13 @@ def make_student(
         student=student if lora is None else adapters(student, ("student",), lora)["student"],
         network=network,
         guidance=plan.guidance,
+        guidance_interval=plan.guidance_interval,
         steps=plan.steps,
         image_shape=(channels, size, size),
         num_classes=pipe.class_embedder.num_classes,
         data=None if method.images == "none" else on_device(training_images(size, plan), device),
         lora=lora,
+        fake_updates=plan.fake_updates,
         seed=config.seed,
     )
     if method.pairs:

@@ -40,7 +40,13 @@ def pairs_folder(plan: StudentPlan, runs: Path) -> Path:
 
 def _scale(plan: StudentPlan) -> list[str]:
     own = load(plan.teacher).config.default_guidance
-    return [] if plan.guidance == own else [f"g{plan.guidance:g}"]
+    scale = [] if plan.guidance == own else [f"g{plan.guidance:g}"]
+    interval = (
+        []
+        if plan.guidance_interval == (0.0, 1.0)
+        else [f"t{plan.guidance_interval[0]:g}to{plan.guidance_interval[1]:g}"]
+    )
+    return scale + interval
 
 
 def with_start(

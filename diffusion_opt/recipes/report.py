@@ -79,14 +79,14 @@ def figure(result: LadderResult) -> "Figure":
     for row in rows:
         spread = [[row["fid"] - row["fid_low"]], [row["fid_high"] - row["fid"]]]
         axis.errorbar(row["speedup"], row["fid"], yerr=spread, fmt="o", capsize=3)
-        axis.annotate(row["name"], (row["speedup"], row["fid"]), textcoords="offset points", xytext=(6, 6), fontsize=9)
+        top = (row["speedup"], row["fid_high"])
+        axis.annotate(row["name"], top, textcoords="offset points", xytext=(-2, 4), fontsize=9, rotation=30)
     axis.axhline(rows[0]["fid_floor"], linestyle=":", color="gray")
     axis.text(1, rows[0]["fid_floor"], " real images against real images", fontsize=8, color="gray", va="bottom")
-    axis.set(
-        xscale="log", xlabel="times faster than the teacher, per image", ylabel=rows[0]["features"], ylim=(0, None)
-    )
+    axis.set(xscale="log", xlabel="times faster than the teacher, per image", ylabel=rows[0]["features"])
     axis.set_xticks(TICKS, [f"{tick}x" for tick in TICKS])
     axis.set_xlim(0.8, 2.5 * max(row["speedup"] for row in rows))  # room for the last label
+    axis.set_ylim(0, 1.3 * max(row["fid_high"] for row in rows))
     return page
 
 

@@ -180,6 +180,8 @@ def test_fewer_images_are_a_part_of_more() -> None:
         ({"method": "dmd2", "num_images": 10}, "dmd2 uses no images"),
         ({"method": "flow_map", "pairs": PAIRS}, "flow_map uses no trajectories"),
         ({"method": "flow_map", "num_images": 0}, "num_images must be at least 1, got 0"),
+        ({"method": "ode", "fake_updates": 1}, "ode has no fake score or discriminator"),
+        ({"method": "lcm", "guidance_interval": (0.3, 0.9)}, "lcm learns the scale itself, at all times"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(settings: dict, message: str) -> None:

@@ -47,6 +47,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         (("flow_map", 1, 2.0), "small-flow-map"),
         (("mean_flow_data", 4, 3.0), "small-mean-flow-data-g3"),
         (("progressive", 1, 2.0), "small-1step-progressive"),
+        (("ode", 4, 2.0, None, None, None, (), None, (0.3, 0.9)), "small-4step-t0.3to0.9"),
     ],
 )
 def test_folders_are_named_after_what_is_made(teacher: str, plan: tuple, folder: str) -> None:
@@ -57,6 +58,7 @@ def test_trajectories_of_other_settings_lie_elsewhere(teacher: str) -> None:
     plan = StudentPlan(teacher, "ode", 1, 2.0)
     other = PairConfig(num_pairs=20, guidance_scale=3.0, seed=1)
     assert pairs_folder(plan, Path("runs")) == Path("runs/small-pairs")
+    assert pairs_folder(replace(plan, guidance_interval=(0.3, 0.9)), Path("runs")) == Path("runs/small-pairs-t0.3to0.9")
     assert pairs_folder(replace(plan, guidance=3.0, pairs=other), Path("runs")) == Path("runs/small-pairs-g3-n20-seed1")
 
 

@@ -54,6 +54,18 @@ def test_states_are_the_solver_s_at_the_rungs(teacher: GaussianMixtureVelocity, 
         assert torch.allclose(pairs.states[:, rung], expected, atol=4e-3)  # stored in half precision
 
 
+def test_guidance_counts_in_its_interval(teacher: GaussianMixtureVelocity, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, guidance_scale=3.0, guidance_interval=(0.5, 0.9))
+    pairs = generate_pairs(teacher, SHAPE, 3, config, tmp_path / "limited", progress=False)
+    plain = generate_pairs(teacher, SHAPE, 3, CONFIG, tmp_path / "plain", progress=False)
+    assert generate_pairs(teacher, SHAPE, 3, config, tmp_path / "limited", progress=False).states.equal(pairs.states)
+    start = sample_noise(range(11), SHAPE, CONFIG.seed)
+    condition = ClassCondition(pairs.labels, 3)
+    expected = adams_bashforth2(Guided(teacher, 3.0, (0.5, 0.9)), start, sampling_times(8), condition)
+    assert torch.allclose(pairs.states[:, -1], expected, atol=4e-3)
+    assert not torch.allclose(pairs.states[:, -1], plain.states[:, -1], atol=4e-3)
+
+
 def test_shards_do_not_change_the_trajectories(teacher: GaussianMixtureVelocity, tmp_path: Path) -> None:
     one = generate_pairs(teacher, SHAPE, 3, CONFIG, tmp_path / "a", progress=False)
     other = dataclasses.replace(CONFIG, shard_size=7)

@@ -79,3 +79,17 @@ def test_guidance_needs_a_condition():
     ring, x_t, t, _ = guided_case()
     with pytest.raises(ValueError, match="guidance needs a condition, got None"):
         Guided(ring, 2.0)(x_t, t)
+
+
+def test_outside_its_interval_guidance_is_exactly_none():
+    ring, x_t, _, condition = guided_case()
+    t = torch.tensor([0.1, 0.3, 0.6, 0.9, 0.95])
+    limited = Guided(ring, 3.0, (0.3, 0.9))(x_t, t, condition)
+    assert torch.equal(limited[[0, 4]], ring(x_t, t, condition)[[0, 4]])
+    assert torch.equal(limited[1:4], Guided(ring, 3.0)(x_t, t, condition)[1:4])
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.9, 0.3), (-0.1, 1.0), (0.0, 1.1)])
+def test_an_interval_that_cannot_be_is_refused(interval):
+    with pytest.raises(ValueError, match=r"must rise and lie in \[0, 1\], got"):
+        Guided(guided_case()[0], 2.0, interval)

@@ -31,6 +31,7 @@ class PairConfig:
 
     num_pairs: int
     guidance_scale: float
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which it counts, see `Guided`
     num_rungs: int = 4  # jumps that are kept: states at 1, 1 - 1/n, …, 0
     num_steps: int = 16  # solver steps from 1 to 0; a multiple of num_rungs
     solver: str = "adams_bashforth2"
@@ -85,7 +86,7 @@ def solve(
         if step % stride == 0:
             states.append(x)
 
-    guided = Guided(teacher, config.guidance_scale)
+    guided = Guided(teacher, config.guidance_scale, config.guidance_interval)
     states.append(SAMPLERS[config.solver](guided, noise, sampling_times(config.num_steps), condition, on_step=keep))
     return torch.stack(states, dim=1)
 
@@ -105,7 +106,8 @@ def generate_pairs(
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest_path = folder / MANIFEST
-    manifest = {"config": asdict(config), "image_shape": list(image_shape), "num_classes": num_classes, "shards": {}}
+    settings = json.loads(json.dumps(asdict(config)))
+    manifest = {"config": settings, "image_shape": list(image_shape), "num_classes": num_classes, "shards": {}}
     if manifest_path.is_file():
         found = json.loads(manifest_path.read_text())
         for key in ("config", "image_shape", "num_classes"):
