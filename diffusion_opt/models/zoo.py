@@ -47,7 +47,7 @@ SHIPPED = {
         ShippedModel("fashion-4step-int8", "fashion-4step on the INT8 kernel of the CPU", "fashion", "fashion-4step"),
         ShippedModel("fashion-4step-nvfp4", "fashion-4step in 4.5 bits a weight", "fashion", "fashion-4step"),
         ShippedModel("fashion-2step", "2 steps, guidance 1.5 distilled in", teacher="fashion"),
-        ShippedModel("fashion-1step", "1 step, guidance 1.5 distilled in", teacher="fashion"),
+        ShippedModel("fashion-1step", "1 step, guidance 1.75 from t = 0.3 to 0.9 distilled in", teacher="fashion"),
         ShippedModel("fashion-micro", "Fashion-MNIST 16x16, hidden 128, 16 tokens, 1.2 M: trains in minutes"),
     )
 }
