@@ -143,6 +143,17 @@ def test_every_distribution_method_moves_the_student_it_starts_from(teacher: str
     assert not torch.equal(pipe.transformer.proj_out.weight, load(teacher).transformer.proj_out.weight)
 
 
+def test_the_distiller_gets_what_the_plan_says(teacher: str, tmp_path: Path) -> None:
+    made = []
+    found = METHODS["sid"]
+    noted = replace(found, build=lambda task: made.append(found.build(task)) or made[0])
+    plan = StudentPlan(teacher, "sid", 1, 1.75, teacher, guidance_interval=(0.3, 0.9), fake_updates=1)
+    make_student(plan, BRIEF, tmp_path / "run", progress=False, method=noted)
+    assert (made[0].teacher.scale, made[0].teacher.interval, made[0].fake_updates) == (1.75, (0.3, 0.9), 1)
+    turns = [made[0].turn(step) for step in range(made[0].warmup, made[0].warmup + 4)]
+    assert turns == ["student", "fake_score"] * 2
+
+
 def test_a_flow_map_matched_at_several_steps_stays_a_flow_map(teacher: str, tmp_path: Path) -> None:
     make_student(StudentPlan(teacher, "flow_map", 4, 2.0), BRIEF, tmp_path / "start", progress=False)
     plan = StudentPlan(teacher, "dmd2", 4, 2.0, start=str(tmp_path / "start" / "pipeline"))
