@@ -51,13 +51,13 @@ class Task:
     student: nn.Module  # in training
     network: nn.Module  # the teacher without guidance, frozen
     guidance: float
-    guidance_interval: tuple[float, float]  # times at which guidance counts
     steps: int
     image_shape: tuple[int, ...]
     num_classes: int
     data: ImageData | None = None
     pairs: OdePairs | None = None
     lora: LoraSettings | None = None  # of the student; the fake score gets the same
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance counts
     fake_updates: int | None = None  # of the critic between two of the student; None: the method's own
     seed: int = 0
 
