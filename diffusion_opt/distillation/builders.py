@@ -35,7 +35,7 @@ from diffusion_opt.distillation.trajectory import (
     Reflow,
     train_progressively,
 )
-from diffusion_opt.flow import SAMPLERS, ClassCondition, Guided, randn, sampling_times
+from diffusion_opt.flow import ALL_TIMES, SAMPLERS, ClassCondition, Guided, randn, sampling_times
 from diffusion_opt.training import TrainConfig, TrainResult
 from diffusion_opt.training.lora import LoraSettings, adapters
 
@@ -57,7 +57,7 @@ class Task:
     data: ImageData | None = None
     pairs: OdePairs | None = None
     lora: LoraSettings | None = None  # of the student; the fake score gets the same
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance counts
+    guidance_interval: tuple[float, float] = ALL_TIMES  # times at which guidance counts
     fake_updates: int | None = None  # of the critic between two of the student; None: the method's own
     seed: int = 0
 

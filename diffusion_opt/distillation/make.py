@@ -23,6 +23,7 @@ from diffusion_opt.distillation.flow_matching import FlowMatching
 from diffusion_opt.distillation.methods import PAIRS, Method, method_named
 from diffusion_opt.distillation.trajectory import METHODS as SETTINGS
 from diffusion_opt.distillation.trajectory import OdePairs, PairConfig, generate_pairs
+from diffusion_opt.flow import ALL_TIMES
 from diffusion_opt.models import (
     SIZES,
     TinyFlux2Pipeline,
@@ -60,7 +61,7 @@ class StudentPlan:
     num_images: int | None = None  # training images to use; None: all
     classes: tuple[str, ...] = ()  # of these classes only; none given: all
     lora_rank: int | None = None  # train adapters of this rank, folded in at the end; None: all weights
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance counts, see `Guided`
+    guidance_interval: tuple[float, float] = ALL_TIMES  # times at which guidance counts, see `Guided`
     fake_updates: int | None = None  # of the critic between two of the student; None: the method's own
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ class StudentPlan:
             raise ValueError(f"{self.method} uses no trajectories: leave out their settings")
         if self.fake_updates is not None and method.kind != "distribution":
             raise ValueError(f"{self.method} has no fake score or discriminator: leave out the number of its updates")
-        if self.guidance_interval != (0.0, 1.0) and "guidance" in (self.method, method.network):
+        if self.guidance_interval != ALL_TIMES and "guidance" in (self.method, method.network):
             raise ValueError(f"{self.method} learns the scale itself, at all times: leave out the guidance interval")
         if self.num_images is not None and self.num_images < 1:
             raise ValueError(f"num_images must be at least 1, got {self.num_images}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from diffusion_opt.distillation.make import PIPELINE, PLAN, StudentPlan, make_student
 from diffusion_opt.distillation.methods import PAIRS, method_named
+from diffusion_opt.flow import ALL_TIMES
 from diffusion_opt.models import load
 from diffusion_opt.training import TrainConfig, processes
 
@@ -40,12 +41,9 @@ def pairs_folder(plan: StudentPlan, runs: Path) -> Path:
 
 def _scale(plan: StudentPlan) -> list[str]:
     own = load(plan.teacher).config.default_guidance
+    low, high = plan.guidance_interval
     scale = [] if plan.guidance == own else [f"g{plan.guidance:g}"]
-    interval = (
-        []
-        if plan.guidance_interval == (0.0, 1.0)
-        else [f"t{plan.guidance_interval[0]:g}to{plan.guidance_interval[1]:g}"]
-    )
+    interval = [] if plan.guidance_interval == ALL_TIMES else [f"t{low:g}to{high:g}"]
     return scale + interval
 
 

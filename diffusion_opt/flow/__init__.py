@@ -13,9 +13,10 @@ from diffusion_opt.flow.path import (
 )
 from diffusion_opt.flow.samplers import SAMPLERS, adams_bashforth2, euler, heun
 from diffusion_opt.flow.times import logit_normal_times, sampling_times, shift_times
-from diffusion_opt.flow.velocity import ClassCondition, Condition, Guided, VelocityModel
+from diffusion_opt.flow.velocity import ALL_TIMES, ClassCondition, Condition, Guided, VelocityModel
 
 __all__ = [
+    "ALL_TIMES",
     "SAMPLERS",
     "ClassCondition",
     "Condition",

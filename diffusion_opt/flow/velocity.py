@@ -22,6 +22,8 @@ from torch import Tensor
 
 from diffusion_opt.flow.path import expand_time
 
+ALL_TIMES = (0.0, 1.0)  # the interval that limits nothing
+
 
 class Condition(Protocol):
     """What a sample is asked to be: opaque to samplers and losses, which may only index, count and drop it."""
@@ -81,7 +83,7 @@ class Guided:
 
     model: VelocityModel
     scale: float
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: tuple[float, float] = ALL_TIMES
 
     def __post_init__(self) -> None:
         low, high = self.interval

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusion_opt.datasets.integrity import CorruptFileError, sha256
-from diffusion_opt.flow import SAMPLERS, ClassCondition, Guided, VelocityModel, sampling_times
+from diffusion_opt.flow import ALL_TIMES, SAMPLERS, ClassCondition, Guided, VelocityModel, sampling_times
 
 MANIFEST = "manifest.json"
 
@@ -31,7 +31,7 @@ class PairConfig:
 
     num_pairs: int
     guidance_scale: float
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which it counts, see `Guided`
+    guidance_interval: tuple[float, float] = ALL_TIMES  # times at which it counts, see `Guided`
     num_rungs: int = 4  # jumps that are kept: states at 1, 1 - 1/n, …, 0
     num_steps: int = 16  # solver steps from 1 to 0; a multiple of num_rungs
     solver: str = "adams_bashforth2"
