@@ -35,7 +35,7 @@ def test_the_fit_is_the_isotonic_regression(drawn):
         pooled = x[order][(best - value).abs() < 1e-9]
         assert len(pooled)
         assert pooled.min() - 1e-9 <= knot <= pooled.max() + 1e-9
-        if ((values - value).abs() < 1e-9).sum() == 1:  # neighbouring pools of one value may stay apart
+        if ((values - value).abs() < 1e-9).sum() == 1:  # two pools of one value may stay apart
             assert knot == pytest.approx(float(pooled.mean()))
 
 
