@@ -13,7 +13,7 @@ and writes all hidden states.
 
 torch offers the bare products (`torch._int_mm`, `torch._scaled_mm`); LTX-2's and TurboDiffusion's int8 layers fuse the
 scales. Inference only: there is no gradient. On a CPU: `reference/gemm.py`, which is exact and not fast; for speed on a
-CPU see `quantization.DynamicInt8`.
+CPU see `quantization.DynamicInt8`. `quantization.W8A8` puts these products into a pipeline.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.reference import gemm as reference
@@ -129,3 +130,8 @@ def _(
 ) -> Tensor:  # fmt: skip
     n = weight.shape[0]
     return x.new_empty(*x.shape[:2], n // 2 if activation == "swiglu" else n, dtype=dtype)
+
+
+@register_flop_formula(torch.ops.diffusion_opt.quantized_linear)
+def _(x: torch.Size, x_scales: torch.Size, weight: torch.Size, *_, **__) -> int:
+    return 2 * x[0] * x[1] * x[2] * weight[0]

@@ -1,4 +1,4 @@
-"""Fewer bits: formats and one layer policy as data, formats simulated through nvidia-modelopt, real INT8 on a CPU."""
+"""Fewer bits: formats and a layer policy as data, simulation through nvidia-modelopt, and what is really faster."""
 
 from diffusion_opt.quantization.attention import LowPrecisionAttention
 from diffusion_opt.quantization.attention_gradient import low_precision_attention
@@ -15,12 +15,14 @@ from diffusion_opt.quantization.report import QuantizationReport, quantization_r
 from diffusion_opt.quantization.simulate import restore, simulate, simulated_formats
 from diffusion_opt.quantization.storage import load_quantized, save_quantized
 from diffusion_opt.quantization.trajectory_points import TrajectoryPoints, trajectory_points, velocity_error
+from diffusion_opt.quantization.w8a8 import W8A8, W8A8Linear
 
 __all__ = [
     "FORMATS",
     "POLICIES",
     "PTQ",
     "QAT",
+    "W8A8",
     "Bfloat16",
     "DynamicInt8",
     "DynamicInt8Linear",
@@ -35,6 +37,7 @@ __all__ = [
     "RangeRecord",
     "SelfDistillation",
     "TrajectoryPoints",
+    "W8A8Linear",
     "choose",
     "export_bfl",
     "format_named",

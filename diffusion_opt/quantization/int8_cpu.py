@@ -31,10 +31,10 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from diffusion_opt.quantization.policy import as_tuple, choose
+from diffusion_opt.quantization.policy import as_tuple
+from diffusion_opt.quantization.replacement import EightBitLinear, layers_to_replace, put_back, replace
 
 Kernel = Literal["vnni", "portable"]
-UNDO = "_diffusion_opt_float_layers"  # attribute of the transformer that holds what `remove` puts back
 VNNI = ("avx_vnni", "avx512_vnni", "amx_int8")  # torch's names of the instructions
 MIN_WIDTH: dict[Kernel, int] = {"vnni": 128, "portable": 192}  # narrower layers are slower in INT8 than in float32
 SMALLEST_SCALE = 1e-37  # of activations: its inverse is still a float32
@@ -57,7 +57,7 @@ def weight_scales(weight: Float[Tensor, "o i"]) -> Float[Tensor, " o"]:
     return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
 
 
-class DynamicInt8Linear(nn.Module):
+class DynamicInt8Linear(EightBitLinear):
     """An `nn.Linear` with 8-bit weights, packed for one of the CPU's integer kernels (None: the one for this CPU).
 
     Raises ValueError for weights that are not finite float32 on a CPU, and in use for such inputs.
@@ -93,10 +93,6 @@ class DynamicInt8Linear(nn.Module):
         self.scales, self.bias = scales, bias
         self._zeros = torch.zeros(self.out_features, dtype=torch.int64)
         self._packed = self._pack(integers)
-
-    @property
-    def has_bias(self) -> bool:
-        return self.bias is not None
 
     @property
     def bits(self) -> int:
@@ -156,12 +152,6 @@ class DynamicInt8Linear(nn.Module):
         super().__setstate__(state)
         self._packed = self._pack(state["_packed"])
 
-    def _save_to_state_dict(self, *_) -> None:
-        raise RuntimeError(
-            "packed INT8 weights have no state dict: save with save_quantized(pipe, folder), or call the technique's "
-            "remove(pipe) before saving"
-        )
-
 
 @torch.compiler.disable
 def activation_grid(x: Float[Tensor, "*b i"], bits: int) -> tuple[float, int]:
@@ -205,38 +195,17 @@ class DynamicInt8:
         Raises ValueError if the family has no policy, the model is not float32 on a CPU, is quantized already, or no
         layer is left to quantize.
         """
-        transformer = pipe.transformer
         kernel, _ = kernel_here()
         min_width = MIN_WIDTH[kernel] if self.min_width is None else self.min_width
-        choices = choose(transformer, min_width, self.skip)
-        if any(isinstance(module, DynamicInt8Linear) for module in transformer.modules()):
-            raise ValueError("this transformer has dynamic INT8 linears already: remove them first")
-        chosen = [choice for choice in choices if choice.quantized]
-        if not chosen:
-            widest = max(min(c.layer.in_features, c.layer.out_features) for c in choices)
-            raise ValueError(
-                f"nothing to quantize with min_width={min_width} and skip={self.skip}: the widest layer has {widest}; "
-                f"min_width=0 makes weights smaller, though hardly faster below {MIN_WIDTH[kernel]}"
-            )
-        other = next((choice for choice in chosen if type(choice.layer) is not nn.Linear), None)
-        if other is not None:
-            raise ValueError(f"{other.name} is a {type(other.layer).__name__}, not a plain nn.Linear: undo that first")
-        quantized = {choice.name: DynamicInt8Linear(choice.layer, kernel) for choice in chosen}
-        for name, layer in quantized.items():
-            transformer.set_submodule(name, layer)
-        floats = {choice.name: choice.layer for choice in chosen} if self.reversible else {}
-        setattr(transformer, UNDO, floats)  # a plain dict, so its modules are no part of the model
+        hint = f"; min_width=0 makes weights smaller, though hardly faster below {MIN_WIDTH[kernel]}"
+        layers = layers_to_replace(pipe.transformer, min_width, self.skip, hint=hint)
+        quantized = {name: DynamicInt8Linear(layer, kernel) for name, layer in layers.items()}
+        replace(pipe.transformer, quantized, self.reversible)
         return pipe
 
     def remove(self, pipe: DiffusionPipeline) -> None:
         """Put the float layers back. Raises ValueError if there are none to put back."""
-        floats = getattr(pipe.transformer, UNDO, None)
-        if not floats:
-            why = "it was applied with reversible=False" if floats is not None else "it was not applied"
-            raise ValueError(f"cannot remove dynamic INT8 from this pipeline: {why}")
-        for name, layer in floats.items():
-            pipe.transformer.set_submodule(name, layer)
-        delattr(pipe.transformer, UNDO)
+        put_back(pipe.transformer, "dynamic INT8")
 
     def describe(self) -> str:
         return "INT8 linears (real CPU kernel)"

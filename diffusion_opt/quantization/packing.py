@@ -8,9 +8,9 @@ A packed layer decodes its weight in each call, rounds its input as it was calib
     y = Q(x s) W^T + b  (+ x s A^T B^T)        W decoded from codes; s, A, B: smoothing and branch, where there are any
 
 so its output is that of the simulation bit for bit, and it is no faster: the time of a real kernel is another matter
-(`int8_cpu.py`; on a GPU, a checkpoint from `export.py` in a program that has kernels for it). `encoding.py` says which
-bytes hold which numbers. modelopt has `mtq.compress` for the same purpose; what it compressed diffusers cannot save,
-and reading it takes modelopt. Here torch is enough.
+(`int8_cpu.py`; on a GPU `w8a8.py`, or a checkpoint from `export.py` in a program with kernels for 4 bits).
+`encoding.py` says which bytes hold which numbers. modelopt has `mtq.compress` for the same purpose; what it compressed
+diffusers cannot save, and reading it takes modelopt. Here torch is enough.
 """
 
 from collections.abc import Callable, Mapping

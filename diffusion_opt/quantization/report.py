@@ -7,11 +7,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffusion_opt.evaluation.speed import weight_bytes
-from diffusion_opt.quantization.int8_cpu import DynamicInt8Linear
 from diffusion_opt.quantization.packing import PackedLinear
 from diffusion_opt.quantization.policy import policy_for
+from diffusion_opt.quantization.replacement import EightBitLinear
 
-Kind = Literal["float", "simulated", "packed", "int8"]
+Kind = Literal["float", "simulated", "packed", "8-bit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,9 @@ def quantization_report(pipe: DiffusionPipeline) -> QuantizationReport:
 
 
 def _describe(name: str, module: nn.Module) -> LayerReport | None:
-    if isinstance(module, DynamicInt8Linear | PackedLinear):
+    if isinstance(module, EightBitLinear | PackedLinear):
         floats = 4 * module.out_features * (module.in_features + (module.bias is not None))
-        kind = "packed" if isinstance(module, PackedLinear) else "int8"
+        kind = "packed" if isinstance(module, PackedLinear) else "8-bit"
         return LayerReport(name, kind, weight_bytes(module), floats)
     if not isinstance(module, nn.Linear):
         return None

@@ -1,6 +1,6 @@
 """A quantized pipeline in a folder, and back in another process with the same output, bit for bit.
 
-    save_quantized(pipe, folder)        after pack(pipe), or after DynamicInt8().apply(pipe)
+    save_quantized(pipe, folder)        after pack(pipe), or after DynamicInt8().apply(pipe) or W8A8().apply(pipe)
     diffusion_opt.load(folder)          any pipeline: this is where the front door looks whether weights are packed
 
     folder/quantization.json            the layers and their formats, that of attention, and the model they belong to
@@ -12,6 +12,9 @@ The weights have a name of their own because diffusers, which knows nothing of t
 find half of it missing and go on with random numbers. Tensors in single precision are stored in half where that loses
 nothing, so what was opened from half precision is saved in half precision, and calibrated scales stay as they are.
 What is loaded is checked: files by checksum, the model by fingerprint, each tensor by name, shape and type.
+
+The integers of `DynamicInt8` and of `W8A8("int8")` are the same, so either folder opens on either machine, to the layer
+that is the fast one there.
 
 modelopt's `mto.save` stores pickles, and diffusers cannot read back what it saves for compressed models.
 """
@@ -37,11 +40,14 @@ from diffusion_opt.quantization.attention import LowPrecisionAttention, attentio
 from diffusion_opt.quantization.formats import Numbers
 from diffusion_opt.quantization.int8_cpu import DynamicInt8Linear
 from diffusion_opt.quantization.packing import OTHERS, PackedFormat, PackedLinear, check_tensors
+from diffusion_opt.quantization.replacement import EightBitLinear
+from diffusion_opt.quantization.w8a8 import W8A8Linear
 
 WEIGHTS = "transformer/packed.safetensors"
 VERSION = 1  # of quantization.json
 HALF = (torch.float16, torch.bfloat16)
-Packed = PackedLinear | DynamicInt8Linear
+EIGHT_BIT = {"dynamic_int8": ("integers", torch.int8), "dynamic_e4m3": ("codes", torch.float8_e4m3fn)}  # by kind
+Packed = PackedLinear | EightBitLinear
 
 
 def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> None:
@@ -88,7 +94,7 @@ def load(
 def load_quantized(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> DiffusionPipeline:
-    """Open what `save_quantized` wrote; the output is that of the saved pipeline if `dtype` is.
+    """Open what `save_quantized` wrote; on a device of the same kind the output is that of the saved pipeline.
 
     Raises CorruptFileError if a file is missing, damaged or unreadable, and ValueError if the files do not belong
     together: another model, another format, another shape.
@@ -101,7 +107,8 @@ def load_quantized(
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, FileNotFoundError) as error:
         raise CorruptFileError(f"{folder / WEIGHTS} cannot be read ({error}): save the pipeline again") from error
-    layers = {name: _restore(transformer, name, entry, tensors) for name, entry in record["layers"].items()}
+    on_cpu = torch.device(device).type == "cpu"
+    layers = {name: _restore(transformer, name, entry, tensors, on_cpu) for name, entry in record["layers"].items()}
     _fill(transformer, tensors, set(layers))
     for name, layer in layers.items():
         transformer.set_submodule(name, layer)
@@ -119,8 +126,8 @@ def _stored(transformer: nn.Module, layers: dict[str, Packed]) -> dict[str, Tens
     found = {}
     for prefix, module in transformer.named_modules():
         layer = layers.get(prefix)
-        if isinstance(layer, DynamicInt8Linear):
-            own = {"integers": layer.integers(), "scales": layer.scales, "bias": layer.bias}
+        if isinstance(layer, EightBitLinear):
+            own = {EIGHT_BIT[_kind(layer)][0]: _codes(layer), "scales": layer.scales, "bias": layer.bias}
         else:
             passing = module._non_persistent_buffers_set
             own = {**module._parameters, **{n: b for n, b in module._buffers.items() if n not in passing}}
@@ -143,7 +150,15 @@ def _describe(layer: Packed) -> dict[str, Any]:
     if isinstance(layer, PackedLinear):
         return {"kind": "packed", **asdict(layer.format)}
     shape = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.has_bias}
-    return {"kind": "dynamic_int8", **shape}
+    return {"kind": _kind(layer), **shape}
+
+
+def _codes(layer: EightBitLinear) -> Tensor:
+    return layer.integers() if isinstance(layer, DynamicInt8Linear) else layer.codes
+
+
+def _kind(layer: EightBitLinear) -> str:
+    return next(kind for kind, (_, dtype) in EIGHT_BIT.items() if dtype == _codes(layer).dtype)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -176,7 +191,9 @@ def _skeleton(folder: Path) -> nn.Module:
         return transformer_class.from_config(config)
 
 
-def _restore(transformer: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
+def _restore(
+    transformer: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str, Tensor], on_cpu: bool
+) -> Packed:
     """One packed layer, its tensors taken out of `tensors`. Raises ValueError if these or the model do not fit it."""
     replaced = dict(transformer.named_modules()).get(name)
     shape = tuple(entry.get(key) for key in ("in_features", "out_features", "bias"))
@@ -190,29 +207,32 @@ def _restore(transformer: nn.Module, name: str, entry: dict[str, Any], tensors: 
     own = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
     own = {key: tensor.float() if key in OTHERS else tensor for key, tensor in own.items()}
     try:
-        return _layer(entry, own)
+        return _layer(entry, own, on_cpu)
     except ValueError as error:
         raise ValueError(f"{name} does not fit its description in {QUANTIZED}: {error}") from error
 
 
-def _layer(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
+def _layer(entry: dict[str, Any], tensors: dict[str, Tensor], on_cpu: bool) -> Packed:
     """A layer from its entry in the configuration and its tensors. Raises ValueError if they do not go together."""
     about = {key: value for key, value in entry.items() if key != "kind"}
-    if entry.get("kind") == "dynamic_int8":
-        return _dynamic_int8(about, tensors)
+    if entry.get("kind") in EIGHT_BIT:
+        return _eight_bit(entry["kind"], about, tensors, on_cpu)
     if entry.get("kind") != "packed" or set(about) != {field.name for field in fields(PackedFormat)}:
         raise ValueError(f"no kind of layer is described by {sorted(entry.items(), key=str)}")
     numbers = {key: None if about[key] is None else Numbers(**_tuples(about[key])) for key in ("weight", "input")}
     return PackedLinear(PackedFormat(**{**about, **numbers}), tensors)
 
 
-def _dynamic_int8(about: dict[str, Any], tensors: dict[str, Tensor]) -> DynamicInt8Linear:
+def _eight_bit(kind: str, about: dict[str, Any], tensors: dict[str, Tensor], on_cpu: bool) -> EightBitLinear:
     rows, columns = about["out_features"], about["in_features"]
-    wanted = {"integers": ((rows, columns), torch.int8), "scales": ((rows,), torch.float32)}
+    codes, dtype = EIGHT_BIT[kind]
+    wanted = {codes: ((rows, columns), dtype), "scales": ((rows,), torch.float32)}
     if about["bias"]:
         wanted["bias"] = ((rows,), torch.float32)
-    check_tensors("dynamic_int8", wanted, tensors)
-    return DynamicInt8Linear.from_integers(tensors["integers"], tensors["scales"], tensors.get("bias"))
+    check_tensors(kind, wanted, tensors)
+    cpu_kernel = on_cpu and dtype == torch.int8
+    build = DynamicInt8Linear.from_integers if cpu_kernel else W8A8Linear.from_codes
+    return build(tensors[codes], tensors["scales"], tensors.get("bias"))
 
 
 def _tuples(about: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusion_opt.caching import TeaCache
 from diffusion_opt.evaluation import Measurement, Rung, measure_together, speedup
 from diffusion_opt.models import load
-from diffusion_opt.quantization import Bfloat16, DynamicInt8
+from diffusion_opt.quantization import W8A8, Bfloat16, DynamicInt8, w8a8
 from diffusion_opt.quantization.bfloat16 import fast_here
 from diffusion_opt.recipes.recipe import Recipe
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
@@ -92,11 +92,20 @@ def measure(pipe: DiffusionPipeline, *, device: str = "cpu", **settings: Any) ->
     return measure_together(rungs, num_classes=num_classes, device=device, **settings)["pipeline"]
 
 
+def fitted(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe for this device: INT8 has one kernel for CPUs and another for CUDA GPUs."""
+    if device.type != "cuda":
+        return recipe
+    return Recipe(tuple(W8A8("int8", skip=t.skip) if isinstance(t, DynamicInt8) else t for t in recipe.techniques))
+
+
 def obstacle(recipe: Recipe, device: torch.device) -> str | None:
     """Why a recipe has no place in a measurement on this device; None if nothing is in its way."""
     for technique in recipe.techniques:
         if isinstance(technique, DynamicInt8) and device.type != "cpu":
-            return "the INT8 linears of this version run on a CPU only"
+            return "dynamic INT8 runs on a CPU only, on a CUDA GPU W8A8 takes its place"
+        if isinstance(technique, W8A8) and technique.require_fast and (why := w8a8.obstacle(technique.numbers, device)):
+            return why
         if isinstance(technique, Bfloat16) and technique.require_fast and not fast_here(device):
             return f"this {device.type} has no bfloat16 units (AMX on a CPU), float32 is faster"
     return None
@@ -116,10 +125,12 @@ def run_ladder(
 ) -> LadderResult:
     """Measure all rungs together.
 
-    Rungs with a technique that this machine cannot run, or only more slowly, are left out and named in `skipped`; with
-    `compile` the blocks of every rung are compiled. Raises ValueError if a recipe does not fit the model.
+    Rungs with a technique that this machine cannot run, or only more slowly, are left out and named in `skipped`; on a
+    CUDA GPU `W8A8` takes the place of `DynamicInt8`. With `compile` the blocks of every rung are compiled. Raises
+    ValueError if a recipe does not fit the model.
     """
     pipes, skipped = {}, {}
+    recipes = {name: fitted(recipe, torch.device(device)) for name, recipe in recipes.items()}
     for name, recipe in recipes.items():
         if (reason := obstacle(recipe, torch.device(device))) is not None:
             skipped[name] = reason

@@ -30,7 +30,7 @@ from diffusion_opt.caching import (
     StepTable,
     TeaCache,
 )
-from diffusion_opt.quantization import PTQ, Bfloat16, DynamicInt8, LowPrecisionAttention
+from diffusion_opt.quantization import PTQ, W8A8, Bfloat16, DynamicInt8, LowPrecisionAttention
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
 
 
@@ -72,6 +72,7 @@ TECHNIQUES: dict[str, tuple[type, Kind]] = {
     "solver": (Solver, HOW),
     "bfloat16": (Bfloat16, STORED),
     "dynamic_int8": (DynamicInt8, STORED),
+    "w8a8": (W8A8, STORED),
     "ptq": (PTQ, STORED),
     "low_precision_attention": (LowPrecisionAttention, ATTENDED),
     "fixed_interval": (FixedInterval, REUSED),

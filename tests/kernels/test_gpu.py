@@ -14,6 +14,7 @@ from diffusion_opt.kernels.attention import CachedRegion, attention, explain
 from diffusion_opt.kernels.diffusers_backend import BACKENDS, attention_backend
 from diffusion_opt.kernels.masks import BlockMask
 from diffusion_opt.kernels.region import Region
+from diffusion_opt.quantization import W8A8Linear
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,3 +81,11 @@ def test_the_diffusers_backend_on_a_gpu_gives_what_it_gives_on_a_cpu(family, nam
         transformer.cuda()
         got = transformer(**{key: x.cuda() if isinstance(x, Tensor) else x for key, x in given.items()})[0]
     assert relative(got, want) < 2e-2
+
+
+@pytest.mark.parametrize("numbers", ["int8", "e4m3"])
+def test_w8a8_layers_on_a_gpu_give_what_they_give_on_a_cpu(numbers):
+    layer = W8A8Linear(torch.nn.Linear(256, 144), numbers)
+    x = torch.randn(2, 50, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    want = layer(x)
+    assert relative(layer.cuda()(x.cuda()), want) < 2e-2

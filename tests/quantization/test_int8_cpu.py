@@ -193,7 +193,7 @@ def test_too_narrow_models_and_second_applications_are_refused(pipe):
     with pytest.raises(ValueError, match="nothing to quantize"):
         DynamicInt8(min_width=0, skip=(".*",)).apply(pipe)
     ALL.apply(pipe)
-    with pytest.raises(ValueError, match="has dynamic INT8 linears already"):
+    with pytest.raises(ValueError, match="has 8-bit linears already"):
         ALL.apply(pipe)
 
 
