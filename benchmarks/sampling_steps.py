@@ -4,7 +4,7 @@
 
 Writes `benchmarks/results/steps-<name>.json`: FD (fashion features) with its interval for 1, 2, 4, 8, 16 and 50 steps
 of Euler and of Adams-Bashforth, and at 16 second-order steps a sweep of the guidance scale and of the interval of times
-at which it counts (`flow.Guided`; a pipeline has no such argument, so that these call the sampler themselves).
+at which it counts (`flow.Guided` and the sampler; in a pipeline `GuidanceCache(every=1, interval=…)` does the same).
 """
 
 import json

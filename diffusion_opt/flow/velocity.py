@@ -74,6 +74,14 @@ class VelocityModel(Protocol):
     ) -> Float[Tensor, "b *s"]: ...
 
 
+def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    """The interval of times. Raises ValueError unless it rises and lies in [0, 1]."""
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"the guidance interval must rise and lie in [0, 1], got {interval}")
+    return interval
+
+
 @dataclass(frozen=True)
 class Guided:
     """Classifier-free guidance around a velocity model: two passes, mixed by `scale` (w in the formula above).
@@ -86,9 +94,7 @@ class Guided:
     interval: tuple[float, float] = ALL_TIMES
 
     def __post_init__(self) -> None:
-        low, high = self.interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"the guidance interval must rise and lie in [0, 1], got {self.interval}")
+        check_interval(self.interval)
 
     def __call__(
         self,

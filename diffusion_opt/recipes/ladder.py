@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusion_opt.caching import TeaCache
+from diffusion_opt.caching import GuidanceCache, TeaCache
 from diffusion_opt.evaluation import Measurement, Rung, measure_together, speedup
 from diffusion_opt.models import load
 from diffusion_opt.quantization import W8A8, Bfloat16, DynamicInt8, w8a8
@@ -21,12 +21,14 @@ from diffusion_opt.recipes.recipe import Recipe
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
 
 TEACHER = "teacher"
+GUIDANCE = GuidanceCache(every=1, interval=(0.3, 0.9))  # chosen in `benchmarks/sampling_steps.py`
 FASHION_LADDER: dict[str, Recipe] = {
     TEACHER: Recipe(),
     "better solver": Recipe((Solver(12),)),
-    "+ step cache": Recipe((Solver(12), TeaCache(0.2))),
-    "+ INT8": Recipe((Solver(12), DynamicInt8(), TeaCache(0.2))),
-    "4-step student": Recipe((Student("fashion-4step-g1.5"),)),
+    "+ guidance interval": Recipe((Solver(12), GUIDANCE)),
+    "+ step cache": Recipe((Solver(12), TeaCache(0.2), GUIDANCE)),
+    "+ INT8": Recipe((Solver(12), DynamicInt8(), TeaCache(0.2), GUIDANCE)),
+    "4-step student": Recipe((Student("fashion-4step-interval"),)),
     "2-step student": Recipe((Student("fashion-2step"),)),
     "1-step student": Recipe((Student("fashion-1step"),)),
     "combined": Recipe((Student("fashion-1step"), DynamicInt8())),

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from caching.pipelines import generate, small_pipeline
+from diffusers import Flux2KleinPipeline
 from diffusers.hooks import HookRegistry
 from small_transformers import family_pass, family_pipeline, family_sample, small_transformer
 
@@ -16,6 +17,8 @@ from diffusion_opt.caching.region import StreamingRegionCache
 from diffusion_opt.caching.report import step_cache_report
 from diffusion_opt.caching.stack import StackCut
 from diffusion_opt.caching.step_cache import Rule, StepCache
+from diffusion_opt.flow import ALL_TIMES, SAMPLERS, ClassCondition, Guided, randn
+from diffusion_opt.models import velocity_model
 
 
 class Mask(Rule):
@@ -106,6 +109,50 @@ def test_every_one_and_removal_change_no_bit(pipe):
     assert sorted(vars(pipe.transformer)) == before
 
 
+@torch.no_grad()
+def test_outside_the_interval_there_is_no_guidance(pipe):
+    """As if the sampler were given a model that is guided in the interval only (`flow.Guided`)."""
+    interval, labels, noise = (0.35, 0.8), torch.tensor([1, 2]), randn((2, 1, 16, 16), torch.Generator().manual_seed(0))
+    latents = Flux2KleinPipeline._patchify_latents(pipe.vae.encode(noise).latents)
+    GuidanceCache(1, interval=interval).apply(pipe)
+    made = pipe(labels.tolist(), 8, 2.5, latents=latents, output_type="latent").images
+    times = [time for time, _ in guidance_cache_report(pipe).passes["cond"]]
+    assert pattern(guidance_cache_report(pipe)) == "..####.."
+    GuidanceCache(1).remove(pipe)
+    condition = ClassCondition(labels, pipe.class_embedder.num_classes)
+    for limits in (interval, ALL_TIMES):
+        guided = Guided(velocity_model(pipe), 2.5, limits)
+        wanted = SAMPLERS["euler"](guided, noise, torch.tensor([*times, 0.0]), condition)
+        assert torch.allclose(pipe.vae.decode(made).sample, wanted, atol=1e-3) == (limits == interval)
+
+
+def test_forecasts_begin_anew_inside_the_interval(pipe):
+    GuidanceCache(2, "reuse", (0.3, 0.9)).apply(pipe)
+    generate(pipe, steps=16)
+    marks = pattern(guidance_cache_report(pipe))
+    times = [time for time, _ in guidance_cache_report(pipe).passes["uncond"]]
+    assert all(mark == "." for mark, t in zip(marks, times, strict=True) if not 0.3 <= t <= 0.9)
+    inside = "".join(mark for mark, t in zip(marks, times, strict=True) if 0.3 <= t <= 0.9)
+    assert inside.startswith("#") and ".#.#." in inside and "##" not in inside[1:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_a_pass_without_effect_is_the_prompts_half_of_the_first(return_dict):
+    """On LTX-2: the first pass of a step may hold two halves, and has two outputs."""
+    transformer = (pipe := family_pipeline("ltx2")).transformer
+    GuidanceCache(1, interval=(0.1, 0.5)).apply(pipe)
+    given = family_pass("ltx2", 0.9) | {"return_dict": return_dict}
+    half = {key: x[1:] if isinstance(x, torch.Tensor) and x.ndim and len(x) == 2 else x for key, x in given.items()}
+    with transformer.cache_context("cond_uncond"):
+        first = transformer(**given)
+    with transformer.cache_context("uncond_modality"):
+        spared = transformer(**half)
+    assert type(spared) is type(first)
+    for mine, whole in zip(*(o if isinstance(o, tuple) else o.to_tuple() for o in (spared, first)), strict=True):
+        assert len(whole) == 2 and torch.equal(mine, whole[1:])
+
+
 @pytest.mark.parametrize("guidance_first", [True, False])
 def test_with_a_step_cache(guidance_first):
     """Guidance passes run only where the step cache ran the first one; which was put on first makes no difference."""
@@ -144,6 +191,14 @@ def test_what_cannot_save_anything_warns(pipe):
         generate(pipe, guidance=1.0)
     with pytest.warns(UserWarning, match="left out no pass: 3 steps are too few"):
         generate(pipe, steps=3)
+    GuidanceCache(1).remove(pipe)
+    GuidanceCache(1, interval=(0.0, 0.999)).apply(pipe)
+    with pytest.warns(UserWarning, match=r"each step was a single pass"):
+        generate(pipe, guidance=1.0)
+    GuidanceCache(1).remove(pipe)
+    GuidanceCache(1, interval=(0.01, 1)).apply(pipe)
+    with pytest.warns(UserWarning, match=r"no step lies outside t = 0\.01 to 1"):
+        generate(pipe)
     batched = family_pipeline("ltx")
     GuidanceCache().apply(batched)
     with pytest.warns(UserWarning, match="batched into one pass"):
@@ -164,6 +219,11 @@ def test_settings_and_refusals(pipe):
     technique = GuidanceCache(3, "reuse")
     assert GuidanceCache(**json.loads(json.dumps(dataclasses.asdict(technique)))) == technique
     assert technique.describe() == "guidance at every 3. step with reuse"
+    limited = GuidanceCache(1, interval=[0.3, 0.9])
+    assert GuidanceCache(**json.loads(json.dumps(dataclasses.asdict(limited)))) == limited
+    assert limited.describe() == "guidance from t = 0.3 to 0.9"
+    with pytest.raises(ValueError, match=r"interval must rise and lie in \[0, 1\], got \(0.9, 0.3\)"):
+        GuidanceCache(interval=(0.9, 0.3))
     with pytest.raises(ValueError, match="got 0"):
         GuidanceCache(0)
     with pytest.raises(ValueError, match="no guidance cache on this pipeline to remove"):
