@@ -112,7 +112,7 @@ class W8A8:
     the model and of its measured bytes but still in memory, and `remove` puts those very modules back.
     """
 
-    numbers: NumberType = "int8"
+    numbers: str = "int8"  # or "e4m3"
     min_width: int = 0  # layers with fewer inputs or outputs are left alone
     skip: Sequence[str] = ()  # regular expressions; layers whose whole name matches are left alone
     require_fast: bool = True
