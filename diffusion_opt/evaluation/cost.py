@@ -16,7 +16,7 @@ module is counted in its eager form: torch suspends compilation while the counte
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -29,11 +29,14 @@ _HEAVY = re.compile(r"(^|_)(mm|bmm|addmm|baddbmm|matmul|gemm|q?linear|conv\w*|co
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Arithmetic of one run: multiply-accumulates in all and by operator, and the calls of the watched modules."""
+    """Arithmetic of one run: multiply-accumulates in all and by operator, and the transformer's passes.
+
+    A pass that a step cache cut short counts as one, its MACs tell; one that multiplied nothing, because a guidance
+    cache answered in its place, as none.
+    """
 
     macs: int
-    nfe: int  # forward passes of the transformer; one that a step cache cut short counts too, its MACs tell
-    calls: dict[str, int] = field(default_factory=dict)  # forward passes of each watched module by name
+    nfe: int
     macs_by_operator: dict[str, int] = field(default_factory=dict)
 
 
@@ -41,29 +44,18 @@ class UncountedWorkError(RuntimeError):
     """An operator that does matrix work has no formula, so the count would be too low."""
 
 
-def count(
-    fn: Callable[[], object],
-    transformer: nn.Module | None = None,
-    watched: Mapping[str, nn.Module] | None = None,
-) -> Cost:
-    """Run `fn` once and count its MACs, the passes of `transformer` and those of further `watched` modules.
+def count(fn: Callable[[], object], transformer: nn.Module | None = None) -> Cost:
+    """Run `fn` once and count its MACs and the forward passes of `transformer`.
 
     Raises UncountedWorkError if an operator that looks like a matrix product has no formula.
     """
-    modules = dict(watched or {})
-    if transformer is not None:
-        modules["transformer"] = transformer
-    calls = dict.fromkeys(modules, 0)
-
-    def counter(name: str) -> Callable[..., None]:
-        def add(*_) -> None:
-            calls[name] += 1
-
-        return add
-
-    hooks = [module.register_forward_hook(counter(name)) for name, module in modules.items()]
     flops = FlopCounterMode(display=False, custom_mapping=_formulas())
     uncounted = _Uncounted(flops)
+    before, worked = [], []  # FLOPs when the pass under way began; whether each pass did any
+    hooks = () if transformer is None else (
+        transformer.register_forward_pre_hook(lambda *_: before.append(flops.get_total_flops())),
+        transformer.register_forward_hook(lambda *_: worked.append(flops.get_total_flops() > before.pop())),
+    )  # fmt: skip
     try:
         with uncounted, flops:
             fn()
@@ -76,7 +68,7 @@ def count(
             "torch.utils.flop_counter.register_flop_formula"
         )
     by_operator = {str(name): number // 2 for name, number in flops.get_flop_counts().get("Global", {}).items()}
-    return Cost(sum(by_operator.values()), calls.get("transformer", 0), calls, by_operator)
+    return Cost(sum(by_operator.values()), sum(worked), by_operator)
 
 
 class _Uncounted(TorchDispatchMode):

@@ -17,6 +17,7 @@ from diffusion_opt.caching.region import StreamingRegionCache
 from diffusion_opt.caching.report import step_cache_report
 from diffusion_opt.caching.stack import StackCut
 from diffusion_opt.caching.step_cache import Rule, StepCache
+from diffusion_opt.evaluation import count
 from diffusion_opt.flow import ALL_TIMES, SAMPLERS, ClassCondition, Guided, randn
 from diffusion_opt.models import velocity_model
 
@@ -134,6 +135,14 @@ def test_forecasts_begin_anew_inside_the_interval(pipe):
     assert all(mark == "." for mark, t in zip(marks, times, strict=True) if not 0.3 <= t <= 0.9)
     inside = "".join(mark for mark, t in zip(marks, times, strict=True) if 0.3 <= t <= 0.9)
     assert inside.startswith("#") and ".#.#." in inside and "##" not in inside[1:]
+
+
+def test_a_pass_that_is_left_out_is_not_counted(pipe):
+    GuidanceCache(1, interval=(0.35, 0.8)).apply(pipe)
+    cost = count(lambda: generate(pipe, steps=8), pipe.transformer)
+    GuidanceCache(1).remove(pipe)
+    full = count(lambda: generate(pipe, steps=8), pipe.transformer)
+    assert (cost.nfe, full.nfe) == (12, 16) and cost.macs * 16 == full.macs * 12
 
 
 @torch.no_grad()
