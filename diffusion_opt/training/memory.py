@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from diffusion_opt.training.distributed import blocks_of
 
 GIBIBYTE = 2**30
+Storages = dict[int, torch.UntypedStorage]  # by address; held, so that none is freed and its address given again
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def fake_weights(*networks: nn.Module) -> None:
 
 def kept_for_backward(loss: Callable[[], Tensor], network: nn.Module) -> int:
     """Bytes that autograd keeps after `loss()`, without the network's own weights."""
-    return sum(_kept(loss, network)[1].values())
+    return _size(_kept(loss, network)[1])
 
 
 def kept_with_checkpointing(loss: Callable[[], Tensor], network: nn.Module, transformer: ModelMixin) -> int:
@@ -100,13 +101,13 @@ def kept_with_checkpointing(loss: Callable[[], Tensor], network: nn.Module, tran
 
     The transformer's checkpointing is switched on for the call and off after it.
     """
-    inputs: dict[int, int] = {}
+    inputs: Storages = {}
     inside: list[int] = []
 
     def watched(block: nn.Module, *args: object) -> object:
-        inputs.update({_storage(a): _bytes(a) for a in args if isinstance(a, Tensor)})
+        inputs.update({_storage(a): a.untyped_storage() for a in args if isinstance(a, Tensor)})
         output, kept = _kept(lambda: block(*args), network)
-        inside.append(sum(kept.values()))
+        inside.append(_size(kept))
         return output
 
     transformer.enable_gradient_checkpointing(watched)
@@ -114,7 +115,7 @@ def kept_with_checkpointing(loss: Callable[[], Tensor], network: nn.Module, tran
         _, outside = _kept(loss, network)
     finally:
         transformer.disable_gradient_checkpointing()
-    return sum((inputs | outside).values()) + max(inside, default=0)
+    return _size(inputs | outside) + max(inside, default=0)
 
 
 def table(needs: Iterable[Need]) -> str:
@@ -128,18 +129,22 @@ def table(needs: Iterable[Need]) -> str:
     return "\n".join(lines)
 
 
-def _kept(compute: Callable[[], object], network: nn.Module) -> tuple[object, dict[int, int]]:
-    """The result, and the bytes of each storage that autograd keeps for it."""
+def _kept(compute: Callable[[], object], network: nn.Module) -> tuple[object, Storages]:
+    """The result, and the storages that autograd keeps for it."""
     own = {_storage(tensor) for tensor in _tensors(network)}
-    kept: dict[int, int] = {}
+    kept: Storages = {}
 
     def note(tensor: Tensor) -> Tensor:
         if _storage(tensor) not in own:
-            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            kept[_storage(tensor)] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         return compute(), kept
+
+
+def _size(storages: Storages) -> int:
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _storage(tensor: Tensor) -> int:
