@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from diffusion_opt.evaluation import interleaved, machine
 from diffusion_opt.models import load
 from diffusion_opt.quantization import DynamicInt8Linear, choose
-from diffusion_opt.quantization.int8_cpu import activation_grid, kernel_here, weight_scales
+from diffusion_opt.quantization.faster.int8_cpu import activation_grid, kernel_here, weight_scales
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = (64, 128, 192, 256, 384, 512, 768, 1024)

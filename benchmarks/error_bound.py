@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from diffusion_opt.caching.error_bound import ErrorBound, schedule_errors
-from diffusion_opt.caching.recording import generation_tasks
+from diffusion_opt.caching.schedules.error_bound import ErrorBound, schedule_errors
+from diffusion_opt.caching.schedules.recording import generation_tasks
 from diffusion_opt.evaluation import machine
 from diffusion_opt.models import load
 

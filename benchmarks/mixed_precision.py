@@ -25,9 +25,9 @@ from torch import nn
 
 from diffusion_opt.evaluation import machine
 from diffusion_opt.models import load
-from diffusion_opt.quantization import FORMATS, Format, choose, cpu_backend
-from diffusion_opt.quantization.allocation import allocate, compare_with_uniform
-from diffusion_opt.quantization.sensitivity import (
+from diffusion_opt.quantization import FORMATS, Format, choose
+from diffusion_opt.quantization.mixed.allocation import allocate, compare_with_uniform
+from diffusion_opt.quantization.mixed.sensitivity import (
     FLOAT,
     Probe,
     SensitivityTable,
@@ -35,6 +35,7 @@ from diffusion_opt.quantization.sensitivity import (
     record_probe,
     sensitivity,
 )
+from diffusion_opt.quantization.simulation import cpu_backend
 
 RESULTS = Path(__file__).parent / "results"
 PAIR = ("nvfp4", "mxfp8")  # what modelopt and we choose from; block formats have no ranges to calibrate

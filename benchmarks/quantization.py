@@ -37,9 +37,9 @@ from diffusion_opt.evaluation import embed, load_features, load_reference, machi
 from diffusion_opt.evaluation.distances import bootstrap_counts, bootstrap_frechet
 from diffusion_opt.models import TinyFlux2Pipeline, load
 from diffusion_opt.quantization import PTQ, choose
-from diffusion_opt.quantization.attention import LowPrecisionAttention
+from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention
+from diffusion_opt.quantization.mixed.trajectory_points import trajectory_points, velocity_error
 from diffusion_opt.quantization.qat import QAT, Quantization, SelfDistillation, quantization_aware
-from diffusion_opt.quantization.trajectory_points import trajectory_points, velocity_error
 from diffusion_opt.recipes import Solver
 from diffusion_opt.training import TrainConfig, train
 

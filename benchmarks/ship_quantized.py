@@ -23,7 +23,7 @@ from diffusion_opt import load
 from diffusion_opt.evaluation import weight_bytes
 from diffusion_opt.models import SHIPPED
 from diffusion_opt.quantization import DynamicInt8Linear, PackedLinear, quantization_report, save_quantized
-from diffusion_opt.quantization.attention import attention_of
+from diffusion_opt.quantization.attention.low_precision import attention_of
 from diffusion_opt.recipes import measure
 
 RESULTS = Path(__file__).parent / "results"

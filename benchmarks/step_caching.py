@@ -4,8 +4,8 @@
     python benchmarks/step_caching.py --only "fewer Euler steps" "searched, forecast" --quality-samples 0
 
 The shipped teacher at its own 50 steps and guidance, at budgets of 20, 15, 10 and 7 full steps: exact arithmetic and
-errors of every policy (`diffusion_opt.caching.comparison`), and for the plain runs, the searched schedules and the
-teacher FD (fashion features) on more samples and times taken in turns. Lines and FD are kept as they are made in
+errors of every policy (`diffusion_opt.caching.comparison.compare`), and for the plain runs, the searched schedules and
+the teacher FD (fashion features) on more samples and times taken in turns. Lines and FD are kept as they are made in
 `runs/step_caching-<model>.json`; call it again and it goes on where it stopped. A kept file of another protocol is
 refused.
 """
@@ -20,9 +20,9 @@ import torch
 import tyro
 from rich.console import Console
 
-from diffusion_opt.caching.comparison import Comparison, Line, conclude, lines, timed_name, timings
-from diffusion_opt.caching.contest import Contest, Setting
-from diffusion_opt.caching.schedule_search import SearchSettings
+from diffusion_opt.caching.comparison.compare import Comparison, Line, conclude, lines, timed_name, timings
+from diffusion_opt.caching.comparison.contest import Contest, Setting
+from diffusion_opt.caching.schedules.search import SearchSettings
 from diffusion_opt.evaluation import quality
 from diffusion_opt.models import load
 

@@ -14,7 +14,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _DOOR = {
-    "load": "diffusion_opt.quantization.storage",  # models.load, for pipelines with packed weights too
+    "load": "diffusion_opt.quantization.packed.storage",  # models.load, for pipelines with packed weights too
     "velocity_model": "diffusion_opt.models",
     "Recipe": "diffusion_opt.recipes",
     "apply": "diffusion_opt.recipes",

@@ -4,13 +4,9 @@ The rules are in `rules`, searched schedules in `schedule`, those that keep an e
 recompute some of the tokens are in `region`.
 """
 
-from diffusion_opt.caching.calibrated_run import CalibratedRun
-from diffusion_opt.caching.calibration import StepCalibration, calibrate_runs, calibrate_step_cache
-from diffusion_opt.caching.compiled import CompiledSchedule, compiled_schedule_report
-from diffusion_opt.caching.error_bound import ErrorBound, ErrorBoundedCache
+from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration.step_calibration import StepCalibration, calibrate_runs, calibrate_step_cache
 from diffusion_opt.caching.guidance_cache import GuidanceCache, guidance_cache_report
-from diffusion_opt.caching.hooks import cache_context
-from diffusion_opt.caching.predictors import PREDICTORS, Extrapolation, Hermite
 from diffusion_opt.caching.region import (
     MODEL_SIZES,
     ChunkAccumulators,
@@ -32,7 +28,6 @@ from diffusion_opt.caching.region import (
     slot_table,
     stream,
 )
-from diffusion_opt.caching.report import StepCacheReport, anchor_bytes, step_cache_report
 from diffusion_opt.caching.rules import (
     EasyCache,
     FirstBlockCache,
@@ -42,7 +37,12 @@ from diffusion_opt.caching.rules import (
     StepTable,
     TeaCache,
 )
-from diffusion_opt.caching.schedule import CacheSchedule, ScheduledCache
+from diffusion_opt.caching.schedules.compiled import CompiledSchedule, compiled_schedule_report
+from diffusion_opt.caching.schedules.error_bound import ErrorBound, ErrorBoundedCache
+from diffusion_opt.caching.schedules.schedule import CacheSchedule, ScheduledCache
+from diffusion_opt.caching.step.hooks import cache_context
+from diffusion_opt.caching.step.predictors import PREDICTORS, Extrapolation, Hermite
+from diffusion_opt.caching.step.report import StepCacheReport, anchor_bytes, step_cache_report
 
 __all__ = [
     "MODEL_SIZES",

@@ -35,12 +35,12 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
-from diffusion_opt.caching.generation import DEFAULT_CONTEXT, Generation, Kind, Schedule
-from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
-from diffusion_opt.caching.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName, keep_anchor
-from diffusion_opt.caching.report import StepCacheReport
-from diffusion_opt.caching.stack import attached_cut, check_whole_passes
-from diffusion_opt.caching.technique import check_one_transformer, check_predictor
+from diffusion_opt.caching.step.generation import DEFAULT_CONTEXT, Generation, Kind, Schedule
+from diffusion_opt.caching.step.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
+from diffusion_opt.caching.step.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName, keep_anchor
+from diffusion_opt.caching.step.report import StepCacheReport
+from diffusion_opt.caching.step.stack import attached_cut, check_whole_passes
+from diffusion_opt.caching.step.technique import check_one_transformer, check_predictor
 from diffusion_opt.flow.velocity import ALL_TIMES, check_interval
 from diffusion_opt.models.block_stack import block_stack
 

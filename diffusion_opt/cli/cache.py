@@ -17,7 +17,7 @@ from diffusion_opt.cli.options import RUNS, Device, settle, writable
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from diffusion_opt.caching.schedule_search import Mask
+    from diffusion_opt.caching.schedules.search import Mask
 
 Model = Annotated[str, tyro.conf.Positional]
 PredictorChoice = Literal["reuse", "forecast", "quadratic", "hermite"]
@@ -102,9 +102,9 @@ def search(
     """
     writable(out)
     pipe, prompts, steps, guidance = _opened(model, prompts, steps, guidance, settle(device, threads))
-    from diffusion_opt.caching.recording import generation_tasks
-    from diffusion_opt.caching.schedule import CacheSchedule, search_schedule
-    from diffusion_opt.caching.schedule_search import (
+    from diffusion_opt.caching.schedules.recording import generation_tasks
+    from diffusion_opt.caching.schedules.schedule import CacheSchedule, search_schedule
+    from diffusion_opt.caching.schedules.search import (
         SearchSettings,
         check_budget,
         measure_costs,
@@ -160,7 +160,7 @@ def compare(
     pipe, _, _, _ = _opened(model, (), None, None, settle(device, threads))
     from rich.console import Console
 
-    from diffusion_opt.caching import comparison
+    from diffusion_opt.caching.comparison import compare as comparison
 
     result = comparison.compare(pipe, budgets=budgets, num_samples=samples, seed=seed)
     path = out / f"{Path(model).name}-comparison.json"
@@ -194,7 +194,7 @@ def _bound(
     pipe: "DiffusionPipeline", masks: "list[Mask]", predictor: PredictorChoice, tasks: tuple, path: Path
 ) -> None:
     """Calibrate and save the error bound, and say what it allows."""
-    from diffusion_opt.caching.error_bound import calibrate_error_bound, least_samples
+    from diffusion_opt.caching.schedules.error_bound import calibrate_error_bound, least_samples
 
     bound = calibrate_error_bound(pipe, masks, predictor, tasks, progress=True)
     bound.save(path)

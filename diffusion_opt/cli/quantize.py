@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from diffusion_opt.quantization import PTQ, LayerChoice, QuantizationReport
-    from diffusion_opt.quantization.sensitivity import Probe
-    from diffusion_opt.quantization.trajectory_points import Generate
+    from diffusion_opt.quantization.mixed.sensitivity import Probe
+    from diffusion_opt.quantization.mixed.trajectory_points import Generate
 
 FormatName = Literal[
     "dynamic_int8",
@@ -100,8 +100,8 @@ def quantize(
     from rich.console import Console
 
     from diffusion_opt.quantization import quantization_report
-    from diffusion_opt.quantization.sensitivity import record_probe
-    from diffusion_opt.quantization.storage import load, save_quantized
+    from diffusion_opt.quantization.mixed.sensitivity import record_probe
+    from diffusion_opt.quantization.packed.storage import load, save_quantized
 
     pipe = load(model)
     pipe.set_progress_bar_config(disable=True)
@@ -160,7 +160,7 @@ def _check(format: tuple[str, ...], bits: float | None, calibrate: int, minutes:
 
 def _generate(prompts: tuple[str, ...]) -> "Generate":
     """How the float model is sampled: random classes, or these prompts in turn."""
-    from diffusion_opt.quantization.trajectory_points import random_classes
+    from diffusion_opt.quantization.mixed.trajectory_points import random_classes
 
     def in_turn(pipe: "DiffusionPipeline", number: int, generator: "torch.Generator") -> None:
         chosen = [prompts[index % len(prompts)] for index in range(number)]
@@ -174,7 +174,7 @@ def _choices(
 ) -> "list[LayerChoice]":
     """The policy's word on each layer. Raises ValueError if nothing is left to quantize."""
     from diffusion_opt.quantization import choose
-    from diffusion_opt.quantization.int8_cpu import MIN_WIDTH, kernel_here
+    from diffusion_opt.quantization.faster.int8_cpu import MIN_WIDTH, kernel_here
 
     min_width = MIN_WIDTH[kernel_here()[0]] if format == (REAL,) else 0
     choices = choose(pipe.transformer, min_width, skip, first_blocks, last_blocks)
@@ -187,7 +187,7 @@ def _choices(
 def _real(pipe: "DiffusionPipeline", choices: "list[LayerChoice]", attention: str | None) -> dict[str, str]:
     """Put the CPU's INT8 kernel on, and attention if asked to; name the layers."""
     from diffusion_opt.quantization import DynamicInt8
-    from diffusion_opt.quantization.attention import LowPrecisionAttention
+    from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention
 
     kept = tuple(re.escape(choice.name) for choice in choices if not choice.quantized)
     DynamicInt8(min_width=0, skip=kept, reversible=False).apply(pipe)
@@ -210,8 +210,8 @@ def _formats(
         return dict.fromkeys(chosen, format[0])
     import torch
 
-    from diffusion_opt.quantization.allocation import allocate
-    from diffusion_opt.quantization.sensitivity import record_probe, sensitivity
+    from diffusion_opt.quantization.mixed.allocation import allocate
+    from diffusion_opt.quantization.mixed.sensitivity import record_probe, sensitivity
 
     probe = record_probe(pipe, 10, torch.Generator().manual_seed(seed), generate=generate)
     found = sensitivity(pipe, probe, format, groups=chosen, progress=True)
@@ -239,8 +239,8 @@ def _apply(
     probe: "Probe",
 ) -> dict[str, float]:
     """Quantize, train if asked to (minutes, seed, folder), and pack. Returns the error before training, if any."""
-    from diffusion_opt.quantization.attention import LowPrecisionAttention
-    from diffusion_opt.quantization.packing import pack
+    from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention
+    from diffusion_opt.quantization.packed.packing import pack
     from diffusion_opt.quantization.qat import QAT, apply_all, quantization_aware
 
     techniques = [technique] if attention is None else [technique, LowPrecisionAttention(attention)]
@@ -258,7 +258,7 @@ def _apply(
 
 def _error(pipe: "DiffusionPipeline", probe: "Probe") -> float:
     """Root mean square over the probe's times."""
-    from diffusion_opt.quantization.sensitivity import errors_by_time
+    from diffusion_opt.quantization.mixed.sensitivity import errors_by_time
 
     errors = errors_by_time(pipe.transformer, probe)
     return math.sqrt(sum(error**2 for error in errors) / len(errors))

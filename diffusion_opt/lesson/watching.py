@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.caching.curve import relative_change
-from diffusion_opt.caching.stack import StackCut, StackPass
+from diffusion_opt.caching.calibration.curve import relative_change
+from diffusion_opt.caching.step.stack import StackCut, StackPass
 from diffusion_opt.models.block_stack import Streams
 
 

@@ -1,21 +1,21 @@
 """Fewer bits: formats and a layer policy as data, simulation through nvidia-modelopt, and what is really faster."""
 
-from diffusion_opt.quantization.attention import LowPrecisionAttention
-from diffusion_opt.quantization.attention_gradient import low_precision_attention
-from diffusion_opt.quantization.bfloat16 import Bfloat16
-from diffusion_opt.quantization.export import export_bfl, load_published
+from diffusion_opt.quantization.attention.gradient import low_precision_attention
+from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention
+from diffusion_opt.quantization.faster.bfloat16 import Bfloat16
+from diffusion_opt.quantization.faster.int8_cpu import DynamicInt8, DynamicInt8Linear
+from diffusion_opt.quantization.faster.w8a8 import W8A8, W8A8Linear
 from diffusion_opt.quantization.formats import FORMATS, Format, Numbers, format_named
-from diffusion_opt.quantization.int8_cpu import DynamicInt8, DynamicInt8Linear
-from diffusion_opt.quantization.packing import PackedLinear, pack
+from diffusion_opt.quantization.mixed.trajectory_points import TrajectoryPoints, trajectory_points, velocity_error
+from diffusion_opt.quantization.packed.export import export_bfl, load_published
+from diffusion_opt.quantization.packed.packing import PackedLinear, pack
+from diffusion_opt.quantization.packed.storage import load_quantized, save_quantized
 from diffusion_opt.quantization.policy import POLICIES, LayerChoice, LayerPolicy, choose, policy_for
 from diffusion_opt.quantization.ptq import PTQ
 from diffusion_opt.quantization.qat import QAT, SelfDistillation, quantization_aware
-from diffusion_opt.quantization.range_record import LayerRanges, RangeRecord, record_ranges
 from diffusion_opt.quantization.report import QuantizationReport, quantization_report
-from diffusion_opt.quantization.simulate import restore, simulate, simulated_formats
-from diffusion_opt.quantization.storage import load_quantized, save_quantized
-from diffusion_opt.quantization.trajectory_points import TrajectoryPoints, trajectory_points, velocity_error
-from diffusion_opt.quantization.w8a8 import W8A8, W8A8Linear
+from diffusion_opt.quantization.simulation.range_record import LayerRanges, RangeRecord, record_ranges
+from diffusion_opt.quantization.simulation.simulate import restore, simulate, simulated_formats
 
 __all__ = [
     "FORMATS",

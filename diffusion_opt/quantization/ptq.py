@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffusion_opt.quantization.calibration import class_prompts, run_trajectories
 from diffusion_opt.quantization.formats import Format, format_named
 from diffusion_opt.quantization.policy import as_tuple, choose
-from diffusion_opt.quantization.simulate import Ranges, restore, simulate
+from diffusion_opt.quantization.simulation.calibration import class_prompts, run_trajectories
+from diffusion_opt.quantization.simulation.simulate import Ranges, restore, simulate
 
 RANGES = ("max", "percentile", "mse")
 

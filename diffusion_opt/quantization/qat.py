@@ -33,7 +33,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from diffusion_opt.quantization.trajectory_points import (
+from diffusion_opt.quantization.mixed.trajectory_points import (
     Generate,
     TrajectoryPoints,
     random_classes,

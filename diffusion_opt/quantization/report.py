@@ -7,9 +7,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffusion_opt.evaluation.speed import weight_bytes
-from diffusion_opt.quantization.packing import PackedLinear
+from diffusion_opt.quantization.faster.replacement import EightBitLinear
+from diffusion_opt.quantization.packed.packing import PackedLinear
 from diffusion_opt.quantization.policy import policy_for
-from diffusion_opt.quantization.replacement import EightBitLinear
 
 Kind = Literal["float", "simulated", "packed", "8-bit"]
 

@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline
 from diffusion_opt.caching import GuidanceCache, TeaCache
 from diffusion_opt.evaluation import Measurement, Rung, measure_together, speedup
 from diffusion_opt.models import load
-from diffusion_opt.quantization import W8A8, Bfloat16, DynamicInt8, w8a8
-from diffusion_opt.quantization.bfloat16 import fast_here
+from diffusion_opt.quantization import W8A8, Bfloat16, DynamicInt8
+from diffusion_opt.quantization.faster import w8a8
+from diffusion_opt.quantization.faster.bfloat16 import fast_here
 from diffusion_opt.recipes.recipe import Recipe
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from diffusion_opt.caching.calibrated_run import CalibratedRun
-from diffusion_opt.caching.calibration import StepCalibration
-from diffusion_opt.caching.curve import IsotonicCurve
-from diffusion_opt.caching.polynomial import PolynomialCurve
+from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration.curve import IsotonicCurve
+from diffusion_opt.caching.calibration.polynomial import PolynomialCurve
+from diffusion_opt.caching.calibration.step_calibration import StepCalibration
 
 
 def calibration_of(

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from diffusion_opt.caching.stack import StackPass
-from diffusion_opt.caching.step_cache import Rule
+from diffusion_opt.caching.step.stack import StackPass
+from diffusion_opt.caching.step.step_cache import Rule
 
 
 def stack_pass(

@@ -5,11 +5,11 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from small_transformers import FAMILIES, family_pass, family_pipeline, family_sample, small_transformer
 
-from diffusion_opt.caching.hooks import cache_context
-from diffusion_opt.caching.predictors import PREDICTORS
-from diffusion_opt.caching.report import step_cache_report
-from diffusion_opt.caching.stack import StackCut
-from diffusion_opt.caching.step_cache import Rule, StepCache
+from diffusion_opt.caching.step.hooks import cache_context
+from diffusion_opt.caching.step.predictors import PREDICTORS
+from diffusion_opt.caching.step.report import step_cache_report
+from diffusion_opt.caching.step.stack import StackCut
+from diffusion_opt.caching.step.step_cache import Rule, StepCache
 from diffusion_opt.models import block_stack
 
 NAMES = {"flux2": ("cond", "uncond"), "wan": ("cond", "uncond"), "ltx": ("cond_uncond",), "ltx2": ("cond_uncond",)}

@@ -12,11 +12,11 @@ from diffusers.hooks import HookRegistry
 from small_transformers import family_pass, family_pipeline, family_sample, small_transformer
 
 from diffusion_opt.caching.guidance_cache import GuidanceCache, guidance_cache_report
-from diffusion_opt.caching.predictors import PREDICTORS
 from diffusion_opt.caching.region import StreamingRegionCache
-from diffusion_opt.caching.report import step_cache_report
-from diffusion_opt.caching.stack import StackCut
-from diffusion_opt.caching.step_cache import Rule, StepCache
+from diffusion_opt.caching.step.predictors import PREDICTORS
+from diffusion_opt.caching.step.report import step_cache_report
+from diffusion_opt.caching.step.stack import StackCut
+from diffusion_opt.caching.step.step_cache import Rule, StepCache
 from diffusion_opt.evaluation import count
 from diffusion_opt.flow import ALL_TIMES, SAMPLERS, ClassCondition, Guided, randn
 from diffusion_opt.models import velocity_model

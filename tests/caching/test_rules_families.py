@@ -17,8 +17,8 @@ from diffusion_opt.caching import (
     TeaCache,
     step_cache_report,
 )
-from diffusion_opt.caching.stack import attached_cut
-from diffusion_opt.caching.technique import StepCacheTechnique
+from diffusion_opt.caching.step.stack import attached_cut
+from diffusion_opt.caching.step.technique import StepCacheTechnique
 
 STEPS = 6
 

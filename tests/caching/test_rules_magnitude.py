@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from small_transformers import family_pipeline, family_sample
 
 from diffusion_opt.caching import MagCache, step_cache_report
-from diffusion_opt.caching.interop import mag_cache_config
 from diffusion_opt.caching.rules import MagnitudeRule
+from diffusion_opt.caching.step.interop import mag_cache_config
 from diffusion_opt.models.block_stack import block_stack
 
 RATIOS = (1.0, 1.3, 1.1, 1.0, 0.9, 1.05, 1.02, 1.0, 0.99, 0.97, 0.8, 2.5)

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from diffusion_opt.caching import TeaCache, calibrate_step_cache, step_cache_report
 from diffusion_opt.caching.rules import TeaCacheRule
-from diffusion_opt.caching.stack import attached_cut
+from diffusion_opt.caching.step.stack import attached_cut
 
 
 def calibrated(pipe: DiffusionPipeline, folder: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusion_opt.datasets import data_dir
-from diffusion_opt.quantization.bfloat16 import fast_here
+from diffusion_opt.quantization.faster.bfloat16 import fast_here
 
 
 def run(*arguments: str, data: Path | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess:

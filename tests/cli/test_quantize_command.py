@@ -12,8 +12,8 @@ from diffusion_opt.cli import COMMANDS, main
 from diffusion_opt.cli.quantize import REAL, UNSEEN, FormatName, quantize
 from diffusion_opt.models import TinyFlux2Config
 from diffusion_opt.quantization import FORMATS
-from diffusion_opt.quantization.sensitivity import errors_by_time, record_probe
-from diffusion_opt.quantization.storage import load
+from diffusion_opt.quantization.mixed.sensitivity import errors_by_time, record_probe
+from diffusion_opt.quantization.packed.storage import load
 
 WIDE = TinyFlux2Config(image_size=8, num_heads=4, head_dim=32, text_dim=24)  # wide enough for the real kernel
 

@@ -8,7 +8,7 @@ from diffusion_opt.lesson.checks import WrongAnswerError
 from diffusion_opt.lesson.solutions.quantization_qat import clipped_rounding, distillation_loss, two_in_a_byte
 from diffusion_opt.quantization import FORMATS
 from diffusion_opt.quantization.arithmetic.int8 import int8
-from diffusion_opt.quantization.encoding import encode
+from diffusion_opt.quantization.packed.encoding import encode
 
 
 def rounded(x, amax, bits, top=lambda bits: 2 ** (bits - 1) - 1):

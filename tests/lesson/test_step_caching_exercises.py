@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_opt.caching.predictors import Anchor, Extrapolation
+from diffusion_opt.caching.step.predictors import Anchor, Extrapolation
 from diffusion_opt.flow import sampling_times
 from diffusion_opt.lesson import checks
 from diffusion_opt.lesson.checks import WrongAnswerError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusion_opt.caching import calibrate_step_cache
-from diffusion_opt.caching.stack import attached_cut
+from diffusion_opt.caching.step.stack import attached_cut
 from diffusion_opt.lesson.watching import change_map, change_pairs
 from diffusion_opt.models import load
 

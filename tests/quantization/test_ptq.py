@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusion_opt.evaluation.speed import weight_bytes
 from diffusion_opt.quantization import FORMATS, PTQ, DynamicInt8, choose, quantization_report, simulated_formats
-from diffusion_opt.quantization.int8_cpu import DynamicInt8Linear, weight_scales
+from diffusion_opt.quantization.faster.int8_cpu import DynamicInt8Linear, weight_scales
 
 QUICK = PTQ(calibration_batches=2, batch_size=3, num_inference_steps=3, guidance_scale=2.0)
 

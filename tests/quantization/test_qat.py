@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from diffusion_opt.models import TinyFlux2Pipeline
 from diffusion_opt.quantization import PTQ
-from diffusion_opt.quantization.attention import LowPrecisionAttention
+from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention
+from diffusion_opt.quantization.mixed.trajectory_points import squared_error, trajectory_points, velocity_error
 from diffusion_opt.quantization.qat import QAT, SelfDistillation, apply_all, quantization_aware
-from diffusion_opt.quantization.trajectory_points import squared_error, trajectory_points, velocity_error
 from diffusion_opt.training import TrainConfig, train
 
 QUICK = {"calibration_batches": 1, "batch_size": 4}

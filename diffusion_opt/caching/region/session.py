@@ -23,14 +23,14 @@ from diffusers.hooks import HookRegistry
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from diffusion_opt.caching.generation import DEFAULT_CONTEXT
-from diffusion_opt.caching.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
 from diffusion_opt.caching.region.attention import Board, exchange_processors
 from diffusion_opt.caching.region.detect import bucket_size
 from diffusion_opt.caching.region.families import Call, Family, Forward, Velocity, family_of
 from diffusion_opt.caching.region.policy import Choice, Policy, Seen
 from diffusion_opt.caching.region.slots import LayerSlot, Precision, Slot, check_precision
-from diffusion_opt.caching.stack import COMPILED_HOOK_NAME, REGION_HOOK_NAME
+from diffusion_opt.caching.step.generation import DEFAULT_CONTEXT
+from diffusion_opt.caching.step.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
+from diffusion_opt.caching.step.stack import COMPILED_HOOK_NAME, REGION_HOOK_NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from abc import abstractmethod
 
 from diffusers import DiffusionPipeline
 
-from diffusion_opt.caching.calibrated_run import CalibratedRun
-from diffusion_opt.caching.stack import StackPass
-from diffusion_opt.caching.step_cache import Rule
+from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.step.stack import StackPass
+from diffusion_opt.caching.step.step_cache import Rule
 
 
 class ThresholdRule(Rule):

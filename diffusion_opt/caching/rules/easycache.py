@@ -19,10 +19,10 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.caching.predictors import PredictorName
 from diffusion_opt.caching.rules.base import AccumulatingRule
-from diffusion_opt.caching.stack import StackPass
-from diffusion_opt.caching.technique import StepCacheTechnique, check_predictor, check_threshold
+from diffusion_opt.caching.step.predictors import PredictorName
+from diffusion_opt.caching.step.stack import StackPass
+from diffusion_opt.caching.step.technique import StepCacheTechnique, check_predictor, check_threshold
 from diffusion_opt.models.block_stack import Streams
 
 

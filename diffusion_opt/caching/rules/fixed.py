@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 
-from diffusion_opt.caching.predictors import PredictorName
-from diffusion_opt.caching.stack import StackPass
-from diffusion_opt.caching.step_cache import Rule
-from diffusion_opt.caching.technique import StepCacheTechnique, check_predictor
+from diffusion_opt.caching.step.predictors import PredictorName
+from diffusion_opt.caching.step.stack import StackPass
+from diffusion_opt.caching.step.step_cache import Rule
+from diffusion_opt.caching.step.technique import StepCacheTechnique, check_predictor
 
 
 class IntervalRule(Rule):

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 
-from diffusion_opt.caching.calibrated_run import CalibratedRun
-from diffusion_opt.caching.calibration import StepCalibration
-from diffusion_opt.caching.predictors import PredictorName
+from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration.step_calibration import StepCalibration
 from diffusion_opt.caching.rules.base import ThresholdRule
-from diffusion_opt.caching.stack import StackPass
-from diffusion_opt.caching.technique import StepCacheTechnique, check_predictor, check_threshold
+from diffusion_opt.caching.step.predictors import PredictorName
+from diffusion_opt.caching.step.stack import StackPass
+from diffusion_opt.caching.step.technique import StepCacheTechnique, check_predictor, check_threshold
 
 
 class MagnitudeRule(ThresholdRule):

@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
 from diffusion_opt.caching.region.session import RegionSession, attach, attached_session, detach
-from diffusion_opt.caching.stack import COMPILED_HOOK_NAME
+from diffusion_opt.caching.step.stack import COMPILED_HOOK_NAME
 
 SOME = torch.tensor([2, 3, 9])
 FLUX2 = CASES["flux2"]

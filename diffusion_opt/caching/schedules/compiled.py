@@ -1,0 +1,206 @@
+"""A fixed schedule under torch.compile: two graphs, one that runs the blocks and one that has none.
+
+A cache that decides while it runs stops the compiler at every pass: it reads a number off the device, compares, and
+branches, so the graph breaks, CUDA graphs cannot be recorded, and the device waits. A mask known beforehand needs no
+decision. With r the residual of the block stack (`stack.py`), two functions are enough,
+
+    full(x, t, text)     ->  v, r            head, blocks, tail, and what the blocks added
+    skip(x, t, text, r)  ->  v               head, + r, tail: no block is called, or even looped over
+
+each compiled whole (`fullgraph=True`), and the mask says in plain Python which one a pass calls. Times come from the
+scheduler's list, once a generation, so no pass waits for the device. The forecast between anchors is a weighted sum of
+kept residuals and stays outside of the graphs.
+
+`pass_functions.py` makes the two from the stock class. The copy is made when the technique is applied: change weights
+in place afterwards if you like, but put adapters and quantized layers in before.
+"""
+
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from diffusion_opt.caching.rules.fixed import marks
+from diffusion_opt.caching.step.generation import DEFAULT_CONTEXT, Kind, Schedule
+from diffusion_opt.caching.step.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
+from diffusion_opt.caching.step.pass_functions import FullPass, SkippedPass
+from diffusion_opt.caching.step.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName, keep_anchor
+from diffusion_opt.caching.step.report import StepCacheReport
+from diffusion_opt.caching.step.stack import COMPILED_HOOK_NAME, check_can_cut
+from diffusion_opt.caching.step.technique import check_one_transformer, check_predictor
+from diffusion_opt.models.block_stack import BlockStack
+
+
+@dataclass(slots=True)
+class _Run:
+    """One generation: the scheduler's times, and what each context has done."""
+
+    schedule: object
+    times: list[float]
+    first: int  # place of the first step in the mask; not 0 where a pipeline starts from a picture
+    leader: str  # context of the first pass of a step
+    place: int = 0  # of the step under way
+    passes: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
+    anchors: dict[str, list[Anchor]] = field(default_factory=dict)
+    kinds: dict[str, Kind] = field(default_factory=dict)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.run: _Run | None = None
+
+
+class _ScheduleHook(InstanceHook):
+    """On the transformer: calls one or the other compiled function, as the mask says."""
+
+    _is_stateful = True
+
+    def __init__(self, pipe: DiffusionPipeline, technique: "CompiledSchedule", full: Any, skip: Any) -> None:
+        super().__init__()
+        self.family: BlockStack = full.family
+        self.mask = technique.mask
+        self.predictor: Extrapolation = PREDICTORS[technique.predictor]
+        self.full, self.skip = full, skip
+        self.copies = technique.mode is not None  # a CUDA graph writes its results to one place at each replay
+        self.names = PassNames()
+        self.last_report = StepCacheReport({})
+        self._schedule = Schedule(pipe)
+        self._thread = _Thread()
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = arguments_of(module, args, kwargs)
+        if reason := self.family.refusal(call):
+            raise ValueError(reason)
+        if torch.is_grad_enabled() or not self.family.is_ordinary(call):
+            return self.fn_ref.original_forward(*args, **kwargs)
+        seen = self.names.identify(None, call["hidden_states"])
+        name = seen["context"] or DEFAULT_CONTEXT
+        run = self._enter(name, Kind.of({"sample": call["hidden_states"]}))
+        if name == run.leader:  # the other passes of a step follow
+            run.place = seen["step"][0] if seen["step"] else run.first + len(run.passes[name])
+        time, anchors = run.times[run.place], run.anchors[name]
+        computed = self.mask[run.place] or not anchors
+        run.passes[name].append((time, computed))
+        if not computed:
+            predicted = self.predictor.with_anchors(len(anchors)).predict(anchors, time)
+            return self._own(self.skip(call, predicted))
+        output, residual = self._own(self.full(call))
+        keep_anchor(anchors, Anchor(time, residual), self.predictor.num_anchors)
+        return output
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.names.forget()
+        self.end_generation()
+        return module
+
+    def end_generation(self) -> None:
+        """Drop the anchors, keep the report, and warn if nothing was skipped."""
+        run, self._thread.run = self._thread.run, None
+        if run is None:
+            return
+        self.last_report = StepCacheReport.of(run.passes)
+        if not self.last_report.total_skipped:
+            steps = max(self.last_report.computed.values())
+            warnings.warn(f"the compiled schedule skipped none of {steps} steps", UserWarning, stacklevel=2)
+
+    def report(self) -> StepCacheReport:
+        """Of the generation under way in this thread, or of the last one that ended."""
+        return self.last_report if self._thread.run is None else StepCacheReport.of(self._thread.run.passes)
+
+    def _enter(self, name: str, kind: Kind) -> _Run:
+        """The generation a pass belongs to, a new one if need be; found without a look at the device."""
+        run, scheduler = self._thread.run, self._schedule.pipe.scheduler
+        if (
+            run is None
+            or run.schedule is not scheduler.timesteps
+            or (name == run.leader and run.first + len(run.passes[name]) >= len(self.mask))
+            or run.kinds.get(name, kind) != kind
+        ):
+            self.end_generation()
+            if len(scheduler.timesteps) != len(self.mask):
+                raise ValueError(
+                    f"this schedule is for {len(self.mask)} timesteps, the scheduler has {len(scheduler.timesteps)}: "
+                    "use it with the number of steps it was made for"
+                )
+            times = [t / scheduler.config.num_train_timesteps for t in scheduler.timesteps.tolist()]
+            first = getattr(scheduler, "begin_index", None) or 0
+            run = self._thread.run = _Run(scheduler.timesteps, times, first, leader=name)
+        run.passes.setdefault(name, [])
+        run.anchors.setdefault(name, [])
+        run.kinds[name] = kind
+        return run
+
+    def _own(self, results: Any) -> Any:
+        """The results in memory of their own."""
+        if not self.copies:
+            return results
+        return tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, results)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledSchedule:
+    """Technique: compute the passes that a fixed mask says, and compile both kinds of pass whole.
+
+    The mask has one entry for each of the scheduler's timesteps, and is honored to the letter as by `FixedSchedule`.
+    """
+
+    mask: Sequence[bool]  # True: compute
+    predictor: PredictorName = "forecast"
+    backend: str = "inductor"  # of torch.compile; "eager" captures the graphs and compiles nothing
+    mode: str | None = None  # of torch.compile; "reduce-overhead" records CUDA graphs
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", tuple(bool(ran) for ran in self.mask))
+        check_predictor(self.predictor)
+        if not self.mask or not self.mask[0]:
+            raise ValueError(f"a mask must begin with a computed step, got {marks(self.mask) or 'an empty mask'}")
+        if all(self.mask):
+            raise ValueError(f"the mask {marks(self.mask)} skips nothing: leave the technique out")
+
+    def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """Put the schedule on the pipeline's transformer and return the pipeline; the first passes compile.
+
+        Raises ValueError if the transformer cannot be cut, has a cache or another hook, or another one beside it.
+        """
+        check_one_transformer(pipe)
+        family = check_can_cut(pipe.transformer)
+        others = list(getattr(getattr(pipe.transformer, "_diffusers_hook", None), "hooks", ()))
+        if others:
+            raise ValueError(
+                f"the compiled passes would go past the hook {others[0]!r} on this transformer: take it off and put it "
+                "on again after the compiled schedule"
+            )
+        options = {"fullgraph": True, "backend": self.backend, "mode": self.mode}
+        full = torch.compile(FullPass(pipe.transformer, family), **options)
+        skip = torch.compile(SkippedPass(pipe.transformer, family), **options)
+        hook = _ScheduleHook(pipe, self, full, skip)
+        HookRegistry.check_if_exists_or_initialize(pipe.transformer).register_hook(hook, COMPILED_HOOK_NAME)
+        return pipe
+
+    def remove(self, pipe: DiffusionPipeline) -> None:
+        """Take the schedule off again. Raises ValueError if there is none."""
+        if _attached(pipe) is None:
+            raise ValueError("there is no compiled schedule on this pipeline to remove")
+        remove_hook(pipe.transformer, COMPILED_HOOK_NAME)
+
+    def describe(self) -> str:
+        return f"compiled schedule {sum(self.mask)}/{len(self.mask)} with {self.predictor}"
+
+
+def compiled_schedule_report(pipe: DiffusionPipeline) -> StepCacheReport:
+    """What ran in the last generation. Raises ValueError if there is no compiled schedule."""
+    hook = _attached(pipe)
+    if hook is None:
+        raise ValueError("there is no compiled schedule on this pipeline: apply a CompiledSchedule first")
+    return hook.report()
+
+
+def _attached(pipe: DiffusionPipeline) -> "_ScheduleHook | None":
+    return hook_on(pipe.transformer, COMPILED_HOOK_NAME)

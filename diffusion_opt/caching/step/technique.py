@@ -1,0 +1,72 @@
+"""What all step caches share as techniques: put a cut with a cache on the transformer, take it off again.
+
+A technique is a rule's settings and the name of a predictor; `rule` makes the rule for one pipeline. State lives in the
+`StepCache` that `apply` puts there, never in the technique, so one technique can serve many pipelines.
+"""
+
+from abc import ABC, abstractmethod
+from typing import get_args
+
+from diffusers import DiffusionPipeline
+
+from diffusion_opt.caching.step.predictors import PREDICTORS, PredictorName
+from diffusion_opt.caching.step.stack import StackCut, attached_cut, check_can_cut
+from diffusion_opt.caching.step.step_cache import Rule, StepCache
+
+
+class StepCacheTechnique(ABC):
+    """`apply` and `remove` for the frozen dataclasses of `rules`, each of which has a field `predictor`."""
+
+    __slots__ = ()
+
+    predictor: PredictorName
+
+    @abstractmethod
+    def rule(self, pipe: DiffusionPipeline) -> Rule:
+        """A fresh rule for this pipeline. Raises ValueError if it is not the one the rule was calibrated on."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for tables."""
+
+    def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """Put the cache on the pipeline's transformer and return the pipeline.
+
+        Raises ValueError if there is not exactly one transformer, or if it cannot be cut, has a cache already, or is
+        not the calibrated one, and FileNotFoundError for a calibration that does not exist.
+        """
+        check_one_transformer(pipe)
+        check_can_cut(pipe.transformer)
+        cache = StepCache(self.rule(pipe), PREDICTORS[self.predictor], pipe)
+        StackCut(pipe.transformer, cache).attach(pipe.transformer)
+        return pipe
+
+    def remove(self, pipe: DiffusionPipeline) -> None:
+        """Take the cache off again. Raises ValueError if there is none."""
+        cut = attached_cut(pipe.transformer)
+        if cut is None:
+            raise ValueError("there is no step cache on this pipeline to remove")
+        cut.detach(pipe.transformer)
+
+
+def check_one_transformer(pipe: DiffusionPipeline) -> None:
+    """Raise ValueError unless one transformer makes all steps: Wan 2.2 hands over to a second one midway."""
+    if getattr(pipe, "transformer", None) is None:
+        raise ValueError(f"step caches act on a pipeline's transformer, and {type(pipe).__name__} has none")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(
+            f"this {type(pipe).__name__} has two transformers, each for a part of the steps, and what one computed "
+            "cannot stand in for the other: step caches serve pipelines with one"
+        )
+
+
+def check_predictor(name: str) -> None:
+    """Raise ValueError unless a predictor has this name."""
+    if name not in PREDICTORS:
+        raise ValueError(f"predictor must be one of {', '.join(get_args(PredictorName))}, got {name!r}")
+
+
+def check_threshold(threshold: float, for_a_start: float) -> None:
+    """Raise ValueError unless a threshold is finite and 0 or more."""
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"threshold must be 0 (skip nothing) or more, {for_a_start:g} for a start, got {threshold}")

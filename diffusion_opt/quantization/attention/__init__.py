@@ -1,0 +1,1 @@
+"""Attention in few bits, and the gradient that goes with it."""
