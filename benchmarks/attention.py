@@ -32,9 +32,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_opt.evaluation import machine
 from diffusion_opt.kernels.attention import CachedRegion, attention, explain
-from diffusion_opt.kernels.masks import BlockMask
-from diffusion_opt.kernels.reference import dense as reference
-from diffusion_opt.kernels.region import Region
+from diffusion_opt.kernels.attention.dense import oracle as reference
+from diffusion_opt.kernels.attention.region import Region
+from diffusion_opt.kernels.attention.sparse import BlockMask
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 

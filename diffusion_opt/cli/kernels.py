@@ -28,8 +28,8 @@ def report(
     """
     from rich.console import Console
 
-    from diffusion_opt.kernels import compile_report
-    from diffusion_opt.kernels.compile_cases import all_cases
+    from diffusion_opt.kernels.gate import report as compile_report
+    from diffusion_opt.kernels.gate.cases import all_cases
 
     cases = all_cases()
     every = compile_report.jobs(cases)
@@ -86,7 +86,7 @@ def _compiled(cases: Any, wanted: list, workers: int | None) -> tuple[dict, list
     from tqdm import tqdm
 
     from diffusion_opt.evaluation.machine import usable_cores
-    from diffusion_opt.kernels.compile_report import compile_rows
+    from diffusion_opt.kernels.gate.report import compile_rows
 
     workers = workers or min(8, usable_cores())
     with tqdm(total=len(wanted), desc="compile", unit="kernel", disable=None) as bar:
@@ -94,7 +94,7 @@ def _compiled(cases: Any, wanted: list, workers: int | None) -> tuple[dict, list
 
 
 def table(rows: dict) -> "Table":
-    """The rows for a terminal, in the words of `kernels/compile_report.py`."""
+    """The rows for a terminal, in the words of `kernels/gate/report.py`."""
     from rich.table import Table
 
     shown = Table(

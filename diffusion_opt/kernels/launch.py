@@ -2,7 +2,7 @@
 
 An autotuner times every choice on the first call of every new shape, gives other bits on other days, and needs a GPU.
 Here the choice is data: kernel, architecture and padded head dimension give tile sizes, warps and pipeline stages. The
-ahead-of-time gate (`compile_cases.py`) compiles each row for its architecture and fails when registers spill, so a row
+ahead-of-time gate (`gate/cases.py`) compiles each row for its architecture and fails when registers spill, so a row
 is checked without a GPU; the benchmark on a GPU is what decides between rows that do not spill.
 
 A tile of scores is `block_m` queries by `block_n` keys. Larger tiles load K and V less often and need more registers;
@@ -11,8 +11,8 @@ accumulators, on sm_80, 89 and 120 the operands are in registers too. float32 op
 have their own rows. On sm_90 four warps share an instruction of 64 rows, so of what a program owns, 64 rows ask for
 four warps and 128 for eight; with eight warps on 64 rows, half of them repeat the products of the others.
 
-Where every tile spills, there is no row: `launch` then raises, and `attention.py` takes torch's attention for a dense
-call and says so, or refuses. A kernel family adds its rows to `LAUNCH` under its own name.
+Where every tile spills, there is no row: `launch` then raises, and `attention/door.py` takes torch's attention for a
+dense call and says so, or refuses. A kernel family adds its rows to `LAUNCH` under its own name.
 """
 
 from dataclasses import dataclass

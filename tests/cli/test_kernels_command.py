@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from diffusion_opt.cli import kernels
-from diffusion_opt.kernels import compile_cases, compile_report
-from diffusion_opt.kernels.compile_cases import CompileCase
+from diffusion_opt.kernels.gate import cases as compile_cases
+from diffusion_opt.kernels.gate import report as compile_report
+from diffusion_opt.kernels.gate.case import CompileCase
 from diffusion_opt.kernels.launch import LaunchConfig
 
 ROW = {

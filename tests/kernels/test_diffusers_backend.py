@@ -10,8 +10,8 @@ from small_transformers import family_pass, family_pipeline, family_sample, smal
 from torch import Tensor, nn
 
 from diffusion_opt.kernels import diffusers_backend
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.diffusers_backend import BACKENDS, attention_backend
-from diffusion_opt.kernels.masks import BlockMask
 
 FAMILIES = ("flux2", "ltx2", "wan")
 ATTENTIONS = {"flux2": 1, "ltx2": 6, "wan": 2}  # attention modules of a block

@@ -10,10 +10,10 @@ import torch
 from small_transformers import family_pass, small_transformer
 from torch import Tensor
 
-from diffusion_opt.kernels.attention import CachedRegion, attention, explain
+from diffusion_opt.kernels.attention.door import CachedRegion, attention, explain
+from diffusion_opt.kernels.attention.region.operator import Region
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.diffusers_backend import BACKENDS, attention_backend
-from diffusion_opt.kernels.masks import BlockMask
-from diffusion_opt.kernels.region import Region
 from diffusion_opt.quantization import W8A8Linear
 
 pytestmark = pytest.mark.gpu

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_opt.kernels.attention import BACKWARD, LOW_PRECISION
+from diffusion_opt.kernels.attention.door import BACKWARD, LOW_PRECISION
 from diffusion_opt.kernels.launch import (
     ARCHITECTURES,
     HEAD_DIMS,

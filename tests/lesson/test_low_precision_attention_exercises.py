@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from diffusion_opt.kernels.masks import sliding_tile
-from diffusion_opt.kernels.token_tiles import token_tiles
+from diffusion_opt.kernels.attention.sparse import sliding_tile, token_tiles
 from diffusion_opt.lesson import checks
 from diffusion_opt.lesson.checks import WrongAnswerError
 from diffusion_opt.lesson.solutions.low_precision_attention import score_gradient, smooth, window_table

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion_opt.kernels.reference import formats as kernel_formats
+from diffusion_opt.kernels.quantizers import formats as kernel_formats
 from diffusion_opt.quantization.arithmetic.fp8 import e4m3, fp8
 from diffusion_opt.quantization.arithmetic.int4 import int4
 from diffusion_opt.quantization.arithmetic.int8 import int8

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion_opt.kernels.reference.formats import E4M3_MAX, round_e4m3
+from diffusion_opt.kernels.quantizers.formats import E4M3_MAX, round_e4m3
 from diffusion_opt.quantization.arithmetic.finite import finite
 
 

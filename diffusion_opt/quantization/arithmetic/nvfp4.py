@@ -9,7 +9,7 @@
 The block scale brings the largest of 16 numbers to about 6, the tensor scale the largest block scale to 448, the top of
 E4M3. A weight costs 4 + 8 / 16 = 4.5 bits. MXFP4 has blocks of 32 and scales that are powers of two: cheaper, coarser.
 
-This looks numbers up in the table of eight; `kernels/reference/formats.py` computes the same with shifts of the step
+This looks numbers up in the table of eight; `kernels/quantizers/formats.py` computes the same with shifts of the step
 size, as a kernel does, and modelopt's `NVFP4QTensor` by comparing with seven bounds. All three agree in every bit.
 """
 

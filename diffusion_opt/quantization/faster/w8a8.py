@@ -3,7 +3,7 @@
     y = s_x s_w (q_x q_w^T) + b       one scale s_x for each token, one s_w for each output channel
 
 Nothing is calibrated: the scale of a token is its own largest magnitude over 127 (int8) or 448 (e4m3), found in the
-pass that rounds it. Matrix units multiply both types at twice the rate of bfloat16, and the kernel (`kernels/gemm.py`)
+pass that rounds it. Matrix units multiply both types at twice the rate of bfloat16, and the kernel (`kernels/gemm`)
 takes the scales out of the sum, so that rescaling and bias cost no pass over memory. int8 runs from sm_80 on (A100),
 e4m3 from sm_89 on (L4, H100).
 

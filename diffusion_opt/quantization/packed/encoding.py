@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diffusion_opt.kernels.reference.formats import E4M3_MAX, NVFP4_MAX, block_scales_and_codes, nonzero
+from diffusion_opt.kernels.quantizers.formats import E4M3_MAX, NVFP4_MAX, block_scales_and_codes, nonzero
 from diffusion_opt.quantization.arithmetic.int8 import NOTHING, integers
 from diffusion_opt.quantization.arithmetic.mx import exponents
 from diffusion_opt.quantization.arithmetic.nvfp4 import E2M1

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion_opt.datasets import write_sums
-from diffusion_opt.kernels.reference.formats import NVFP4_MAX
+from diffusion_opt.kernels.quantizers.formats import NVFP4_MAX
 from diffusion_opt.models.zoo import forget_origin
 from diffusion_opt.quantization.formats import FORMATS, Numbers
 from diffusion_opt.quantization.packed.packing import PackedFormat, PackedLinear

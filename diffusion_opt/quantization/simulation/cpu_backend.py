@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion_opt.kernels.reference.formats import NVFP4_BLOCK, NVFP4_MAX, block_scales_and_codes, nonzero
+from diffusion_opt.kernels.quantizers.formats import NVFP4_BLOCK, NVFP4_MAX, block_scales_and_codes, nonzero
 from diffusion_opt.quantization.arithmetic.int4 import int4_blocks
 from diffusion_opt.quantization.arithmetic.mx import mxfp8_blocks
 from diffusion_opt.quantization.formats import BACKEND

@@ -1,0 +1,68 @@
+"""Attention on 8-bit codes as an operator of torch; `int8.py` and `fp8.py` quantize and call it.
+
+The operator takes codes and scales, not q, k, v, so that a caller who keeps keys quantized (a cache over denoising
+steps) pays for quantization once. INT8 or FP8 scores follow from the type of the codes. On a CPU it is the plain
+PyTorch of `oracle.py`, which rounds weights over tiles of 64 keys.
+
+There is no gradient: these are for inference. Training under quantization is `fp4/operator.py`.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusion_opt.kernels import runtime
+from diffusion_opt.kernels.attention.arguments import Mask
+from diffusion_opt.kernels.attention.eight_bit import oracle as reference
+from diffusion_opt.kernels.attention.eight_bit.oracle import ValuesIn
+from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK, Granularity, Quantized
+
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+def attention_on_codes(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    mask: Mask | None,
+    scale: float,
+    granularity: Granularity,
+    values_in: ValuesIn,
+    like: Float[Tensor, "b h lq d"],
+) -> tuple[Float[Tensor, "b h lq d"], Float[Tensor, "b h lq"]]:
+    """Output with type and strides of `like`, and float32 natural-log LSE of the quantized scores.
+
+    `granularity` is the one q and k were quantized with; `mask` broadcasts to (b, h, lq, lk).
+    """
+    wide = None if mask is None else mask.expand(*like.shape[:3], k.codes.shape[2])
+    return eight_bit_op(*q, *k, *v, wide, scale, granularity, values_in, like)
+
+
+def half_values(v: Float[Tensor, "b h l d"]) -> Quantized:
+    """Values for the float16 kinds: numbers beyond 65504 become that. The scales are not used."""
+    half = v if v.dtype == torch.float16 else v.clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
+    return Quantized(half, v.new_ones(1, 1, 1, dtype=torch.float32))
+
+
+@torch.library.custom_op("diffusion_opt::eight_bit_attention", mutates_args=())
+def eight_bit_op(
+    q: Tensor, q_scales: Tensor, k: Tensor, k_scales: Tensor, v: Tensor, v_scales: Tensor, mask: Tensor | None,
+    scale: float, granularity: str, values_in: str, like: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and lse; `mask` is expanded to (b, h, lq, lk)."""
+    out = torch.empty_like(like)
+    if runtime.mode(q) == "reference":
+        operands = (Quantized(q, q_scales), Quantized(k, k_scales), Quantized(v, v_scales))
+        result, lse = reference.attention_8bit(*operands, mask, scale, granularity, values_in, KEY_BLOCK)
+        return out.copy_(result), lse
+    from diffusion_opt.kernels.attention.eight_bit.forward import forward  # Triton exists on Linux only
+
+    return out, forward(q, q_scales, k, k_scales, v, v_scales, mask, scale, granularity, values_in, out)
+
+
+@eight_bit_op.register_fake
+def _(
+    q: Tensor, q_scales: Tensor, k: Tensor, k_scales: Tensor, v: Tensor, v_scales: Tensor, mask: Tensor | None,
+    scale: float, granularity: str, values_in: str, like: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(like), like.new_empty(like.shape[:3], dtype=torch.float32)

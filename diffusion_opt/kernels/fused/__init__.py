@@ -1,0 +1,1 @@
+"""What stands around attention in a block, fused into one pass: adaptive norms with gates, and norm with rotation."""
