@@ -9,11 +9,10 @@ import torch
 from small_transformers import family_pass, family_pipeline, family_sample, small_transformer
 from torch import Tensor, nn
 
+from diffusion_opt.kernels.attention.eight_bit import fp8_attention, int8_attention
+from diffusion_opt.kernels.attention.fp4 import fp4_attention
 from diffusion_opt.kernels.diffusers_backend import attention_backend
-from diffusion_opt.kernels.fp4_attention import fp4_attention
-from diffusion_opt.kernels.fp8_attention import fp8_attention
-from diffusion_opt.kernels.int8_attention import int8_attention
-from diffusion_opt.kernels.reference.quantize import KEY_GROUPS, QUERY_GROUPS, quantize_channels, quantize_tokens
+from diffusion_opt.kernels.quantizers.oracle import KEY_GROUPS, QUERY_GROUPS, quantize_channels, quantize_tokens
 from diffusion_opt.quantization.attention.gradient import low_precision_attention
 from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention
 
