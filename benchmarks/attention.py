@@ -27,14 +27,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusion_opt.kernels.attention.door.dense import oracle as reference
-from diffusion_opt.kernels.attention.door.region import Region
-from diffusion_opt.kernels.attention.door.sparse import BlockMask
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_opt.evaluation import machine
-from diffusion_opt.kernels.attention.door import CachedRegion, attention, explain
+from diffusion_opt.kernels.attention import CachedRegion, attention, explain
+from diffusion_opt.kernels.attention.dense import oracle as reference
+from diffusion_opt.kernels.attention.region import Region
+from diffusion_opt.kernels.attention.sparse import BlockMask
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 

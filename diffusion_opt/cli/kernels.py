@@ -70,8 +70,8 @@ def explain(
     device = settle(device, None)
     import torch
 
-    from diffusion_opt.kernels.attention.door import LOW_PRECISION
-    from diffusion_opt.kernels.attention.door import explain as reason
+    from diffusion_opt.kernels.attention import LOW_PRECISION
+    from diffusion_opt.kernels.attention import explain as reason
 
     q = torch.empty(1, 1, 128, head_dim, dtype=getattr(torch, dtype), device=device)
     for precision in ("dense", *LOW_PRECISION):

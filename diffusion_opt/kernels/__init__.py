@@ -22,6 +22,6 @@ How to read this room, by lesson:
         around attention         fused/modulate, fused/qk_norm_rope: norms, rotations and gates in one pass
 
 Nothing is imported here: Triton exists on Linux only, and decides when a kernel is decorated whether it will be
-compiled or interpreted. A folder's own name gives its public functions (`from diffusion_opt.kernels.attention.door import
+compiled or interpreted. A folder's own name gives its public functions (`from diffusion_opt.kernels.attention import
 attention`), and no kernel module is loaded before a kernel runs.
 """

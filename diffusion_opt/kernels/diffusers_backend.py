@@ -30,8 +30,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.kernels.attention.door.door import Precision, attention
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.door import Precision, attention
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 
 BACKENDS: dict[str, Precision] = {
     "diffopt-dense": "dense",

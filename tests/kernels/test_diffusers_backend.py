@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch as dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
 from small_transformers import family_pass, family_pipeline, family_sample, small_transformer
 from torch import Tensor, nn
 
 from diffusion_opt.kernels import diffusers_backend
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.diffusers_backend import BACKENDS, attention_backend
 
 FAMILIES = ("flux2", "ltx2", "wan")

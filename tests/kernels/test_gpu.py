@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.door import CachedRegion, attention, explain
-from diffusion_opt.kernels.attention.door.region.operator import Region
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
 from small_transformers import family_pass, small_transformer
 from torch import Tensor
 
+from diffusion_opt.kernels.attention.door import CachedRegion, attention, explain
+from diffusion_opt.kernels.attention.region.operator import Region
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.diffusers_backend import BACKENDS, attention_backend
 from diffusion_opt.quantization import W8A8Linear
 

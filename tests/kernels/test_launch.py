@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.door import BACKWARD, LOW_PRECISION
 
+from diffusion_opt.kernels.attention.door import BACKWARD, LOW_PRECISION
 from diffusion_opt.kernels.launch import (
     ARCHITECTURES,
     HEAD_DIMS,

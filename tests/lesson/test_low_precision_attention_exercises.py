@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.sparse import sliding_tile, token_tiles
 
+from diffusion_opt.kernels.attention.sparse import sliding_tile, token_tiles
 from diffusion_opt.lesson import checks
 from diffusion_opt.lesson.checks import WrongAnswerError
 from diffusion_opt.lesson.solutions.low_precision_attention import score_gradient, smooth, window_table

@@ -3,7 +3,7 @@
 `attention` is the one door and `explain` says which code it takes; `door.py` has both. The folders can be used alone.
 """
 
-from diffusion_opt.kernels.attention.door.door import (
+from diffusion_opt.kernels.attention.door import (
     LOW_PRECISION,
     CachedRegion,
     Choice,

@@ -27,15 +27,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.arguments import Mask
-from diffusion_opt.kernels.attention.door.dense.operator import KERNEL_TYPES, dense_attention
-from diffusion_opt.kernels.attention.door.dense.oracle import fast_attention
-from diffusion_opt.kernels.attention.door.eight_bit.fp8 import fp8_attention
-from diffusion_opt.kernels.attention.door.eight_bit.int8 import int8_attention
-from diffusion_opt.kernels.attention.door.fp4.operator import fp4_attention
-from diffusion_opt.kernels.attention.door.region.operator import Region
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
-from diffusion_opt.kernels.attention.door.sparse.operator import block_sparse_attention
+from diffusion_opt.kernels.attention.arguments import Mask
+from diffusion_opt.kernels.attention.dense.operator import KERNEL_TYPES, dense_attention
+from diffusion_opt.kernels.attention.dense.oracle import fast_attention
+from diffusion_opt.kernels.attention.eight_bit.fp8 import fp8_attention
+from diffusion_opt.kernels.attention.eight_bit.int8 import int8_attention
+from diffusion_opt.kernels.attention.fp4.operator import fp4_attention
+from diffusion_opt.kernels.attention.region.operator import Region
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.sparse.operator import block_sparse_attention
 from diffusion_opt.kernels.launch import launch, row_of
 
 Precision = Literal["dense", "int8", "int8-fp8", "fp8", "nvfp4"]

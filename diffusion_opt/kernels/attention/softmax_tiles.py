@@ -14,8 +14,8 @@ from math import gcd
 import triton
 import triton.language as tl
 
-from diffusion_opt.kernels.attention.door.dense.forward import LN_2
-from diffusion_opt.kernels.attention.door.sparse.packing import LANES
+from diffusion_opt.kernels.attention.dense.forward import LN_2
+from diffusion_opt.kernels.attention.sparse.packing import LANES
 from diffusion_opt.kernels.launch import LaunchConfig
 
 

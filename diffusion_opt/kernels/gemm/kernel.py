@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.gate.case import CompileCase, sampled
-from diffusion_opt.kernels.gemm.operator.oracle import TOPS
+from diffusion_opt.kernels.gemm.oracle import TOPS
 from diffusion_opt.kernels.launch import GEMM_FP8, GEMM_INT8, LaunchConfig
 from diffusion_opt.kernels.quantizers.rounding import nonzero, round_int8
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.gemm.operator import oracle as reference
-from diffusion_opt.kernels.gemm.operator.oracle import ACTIVATIONS, TOPS
+from diffusion_opt.kernels.gemm import oracle as reference
+from diffusion_opt.kernels.gemm.oracle import ACTIVATIONS, TOPS
 
 MOST_COLUMNS = 32768  # a row is held in registers while it is quantized
 STEP = 16  # matrix units and 16-byte loads take input features in multiples of this
@@ -94,7 +94,7 @@ def quantize_rows_op(x: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"a kernel holds a row in registers, at most {MOST_COLUMNS} columns of float32: got {x.shape[1]}, {x.dtype}"
         )
-    from diffusion_opt.kernels.gemm.operator.kernel import quantize  # Triton exists on Linux only
+    from diffusion_opt.kernels.gemm.kernel import quantize  # Triton exists on Linux only
 
     return quantize(x, to)
 
@@ -118,7 +118,7 @@ def quantized_linear_op(
         raise ValueError(
             f"features in and out must be multiples of {STEP}, got {k} and {weight.shape[0]}: pad the weight"
         )
-    from diffusion_opt.kernels.gemm.operator.kernel import linear
+    from diffusion_opt.kernels.gemm.kernel import linear
 
     return linear(x, x_scales, weight, weight_scales, bias, gate, residual, activation, dtype)
 

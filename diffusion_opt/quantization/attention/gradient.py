@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.kernels.attention.door.arguments import Mask, checked_scale
-from diffusion_opt.kernels.attention.door.eight_bit import fp8_attention, int8_attention
-from diffusion_opt.kernels.attention.door.eight_bit.oracle import LOG2_E, dequantize_tokens, masked
-from diffusion_opt.kernels.attention.door.fp4 import fp4_attention
+from diffusion_opt.kernels.attention.arguments import Mask, checked_scale
+from diffusion_opt.kernels.attention.eight_bit import fp8_attention, int8_attention
+from diffusion_opt.kernels.attention.eight_bit.oracle import LOG2_E, dequantize_tokens, masked
+from diffusion_opt.kernels.attention.fp4 import fp4_attention
 from diffusion_opt.kernels.quantizers.formats import E4M3_MAX, round_e4m3
 from diffusion_opt.kernels.quantizers.oracle import (
     KEY_BLOCK,

@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from diffusion_opt.kernels.gemm.operator import STEP, QuantizedRows, quantize_rows, quantized_linear
+from diffusion_opt.kernels.gemm import STEP, QuantizedRows, quantize_rows, quantized_linear
 from diffusion_opt.quantization.faster.replacement import EightBitLinear, layers_to_replace, put_back, replace
 from diffusion_opt.quantization.policy import as_tuple
 

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusion_opt.kernels.attention.door.door import CachedRegion, Choice, attention, choose, explain
-from diffusion_opt.kernels.attention.door.region.operator import Region
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
-from diffusion_opt.kernels.attention.door.sparse.operator import block_sparse_attention
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door import door as front
+from diffusion_opt.kernels.attention import door as front
+from diffusion_opt.kernels.attention.door import CachedRegion, Choice, attention, choose, explain
+from diffusion_opt.kernels.attention.region.operator import Region
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.sparse.operator import block_sparse_attention
 from diffusion_opt.kernels.launch import LAUNCH
 
 LOW = ("int8", "int8-fp8", "fp8", "nvfp4")

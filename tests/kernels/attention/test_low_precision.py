@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.dense import oracle as dense
-from diffusion_opt.kernels.attention.door.eight_bit.fp8 import fp8_attention, fp8_attention_with_lse
-from diffusion_opt.kernels.attention.door.eight_bit.int8 import int8_attention, int8_attention_with_lse, smoothing_share
-from diffusion_opt.kernels.attention.door.eight_bit.operator import eight_bit_op, half_values
-from diffusion_opt.kernels.attention.door.eight_bit.oracle import attention_8bit
-from diffusion_opt.kernels.attention.door.fp4 import operator as fp4_module
-from diffusion_opt.kernels.attention.door.fp4 import oracle as fp4
-from diffusion_opt.kernels.attention.door.fp4.operator import fp4_attention, fp4_attention_with_lse
 from torch import Tensor
 
+from diffusion_opt.kernels.attention.dense import oracle as dense
+from diffusion_opt.kernels.attention.eight_bit.fp8 import fp8_attention, fp8_attention_with_lse
+from diffusion_opt.kernels.attention.eight_bit.int8 import int8_attention, int8_attention_with_lse, smoothing_share
+from diffusion_opt.kernels.attention.eight_bit.operator import eight_bit_op, half_values
+from diffusion_opt.kernels.attention.eight_bit.oracle import attention_8bit
+from diffusion_opt.kernels.attention.fp4 import operator as fp4_module
+from diffusion_opt.kernels.attention.fp4 import oracle as fp4
+from diffusion_opt.kernels.attention.fp4.operator import fp4_attention, fp4_attention_with_lse
 from diffusion_opt.kernels.launch import LAUNCH
 from diffusion_opt.kernels.quantizers.operator import quantize_channels, quantize_tokens
 from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK, KEY_GROUPS, QUERY_GROUPS, smoothing_mean

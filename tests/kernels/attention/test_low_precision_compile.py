@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.eight_bit.fp8 import fp8_attention
-from diffusion_opt.kernels.attention.door.eight_bit.int8 import int8_attention
-from diffusion_opt.kernels.attention.door.fp4.operator import fp4_attention
 from torch import Tensor
 
+from diffusion_opt.kernels.attention.eight_bit.fp8 import fp8_attention
+from diffusion_opt.kernels.attention.eight_bit.int8 import int8_attention
+from diffusion_opt.kernels.attention.fp4.operator import fp4_attention
 from diffusion_opt.kernels.fused.qk_norm_rope.operator import qk_norm_rope
 from diffusion_opt.kernels.fused.qk_norm_rope.oracle import Rotation
 

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.dense.oracle import attention
-from diffusion_opt.kernels.attention.door.eight_bit import oracle as low_precision
-from diffusion_opt.kernels.attention.door.fp4 import oracle as fp4
-from diffusion_opt.kernels.attention.door.fp4.oracle import (
+from torch import Tensor
+
+from diffusion_opt.kernels.attention.dense.oracle import attention
+from diffusion_opt.kernels.attention.eight_bit import oracle as low_precision
+from diffusion_opt.kernels.attention.fp4 import oracle as fp4
+from diffusion_opt.kernels.attention.fp4.oracle import (
     NVFP4_MAX,
     attention_fp4,
     attention_fp4_backward,
     prepare,
     round_weights,
 )
-from torch import Tensor
-
 from diffusion_opt.kernels.quantizers.oracle import (
     KEY_BLOCK,
     KEY_GROUPS,

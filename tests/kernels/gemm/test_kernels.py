@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from diffusion_opt.kernels.gemm.operator.operator import QuantizedRows, quantize_rows, quantized_linear
 from kernels.accuracy import assert_at_most_twice_the_error_of_torch
 from torch import Tensor
 
-from diffusion_opt.kernels.gemm.operator import oracle as reference
+from diffusion_opt.kernels.gemm import oracle as reference
+from diffusion_opt.kernels.gemm.operator import QuantizedRows, quantize_rows, quantized_linear
 
 pytestmark = pytest.mark.interpreted
 

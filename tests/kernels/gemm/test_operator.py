@@ -3,17 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusion_opt.kernels.gemm.operator.operator import (
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffusion_opt.kernels.gemm.operator import (
     QuantizedRows,
     quantize_rows,
     quantize_rows_op,
     quantized_linear,
     quantized_linear_op,
 )
-from diffusion_opt.kernels.gemm.operator.oracle import quantized_product
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
+from diffusion_opt.kernels.gemm.oracle import quantized_product
 
 B, L, K, N = 2, 5, 24, 8
 TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.dense.forward import (
+from diffusion_opt.kernels.attention.dense.forward import (
     CASES,
     dense_case,
     kernel_mask,

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.arguments import CLOSED_BELOW
+from diffusion_opt.kernels.attention.arguments import CLOSED_BELOW
 from diffusion_opt.kernels.gate.case import CompileCase, sampled
 from diffusion_opt.kernels.launch import chosen, launch, padded_head_dim, row_of
 

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.arguments import Mask, checked_scale, expanded_mask
-from diffusion_opt.kernels.attention.door.dense import oracle as reference
+from diffusion_opt.kernels.attention.arguments import Mask, checked_scale, expanded_mask
+from diffusion_opt.kernels.attention.dense import oracle as reference
 from diffusion_opt.kernels.launch import padded_head_dim
 
 KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,7 +66,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
         out, lse = reference.attention(q, k, v, mask, scale)
         return torch.empty_like(q).copy_(out), lse.to(_lse_type(q)).contiguous()
     _check_kernel_can(q)
-    from diffusion_opt.kernels.attention.door.dense.forward import forward  # Triton exists on Linux only
+    from diffusion_opt.kernels.attention.dense.forward import forward  # Triton exists on Linux only
 
     return forward(q, k, v, mask, scale)
 
@@ -85,7 +85,7 @@ def attention_backward_op(
     if runtime.mode(q) == "reference":
         grads = reference.attention_backward(grad_out, grad_lse, q, k, v, mask, scale)
         return tuple(grad.contiguous() for grad in grads)
-    from diffusion_opt.kernels.attention.door.dense.backward import backward
+    from diffusion_opt.kernels.attention.dense.backward import backward
 
     return backward(grad_out, grad_lse, q, k, v, mask, out, lse, scale)
 

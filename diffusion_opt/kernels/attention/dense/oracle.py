@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.kernels.attention.door.arguments import Mask, closed_keys
+from diffusion_opt.kernels.attention.arguments import Mask, closed_keys
 
 
 def attention(

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.dense.forward import kernel_mask, load_rows, masked_scores
+from diffusion_opt.kernels.attention.dense.forward import kernel_mask, load_rows, masked_scores
 from diffusion_opt.kernels.gate.case import CompileCase, sampled
 from diffusion_opt.kernels.launch import chosen, launch, padded_head_dim
 from diffusion_opt.kernels.quantizers.formats import E4M3_MAX

@@ -16,9 +16,9 @@ the units of older GPUs. FP8 scores are for that, and for blocks of keys of very
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.kernels.attention.door.arguments import Mask, checked_scale
-from diffusion_opt.kernels.attention.door.eight_bit.int8 import smoothing_share
-from diffusion_opt.kernels.attention.door.eight_bit.operator import attention_on_codes
+from diffusion_opt.kernels.attention.arguments import Mask, checked_scale
+from diffusion_opt.kernels.attention.eight_bit.int8 import smoothing_share
+from diffusion_opt.kernels.attention.eight_bit.operator import attention_on_codes
 from diffusion_opt.kernels.quantizers.operator import quantize_channels, quantize_tokens
 from diffusion_opt.kernels.quantizers.oracle import KEY_GROUPS, QUERY_GROUPS, smoothing_mean
 

@@ -18,9 +18,9 @@ square.
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.kernels.attention.door.arguments import Mask, checked_scale
-from diffusion_opt.kernels.attention.door.eight_bit.operator import attention_on_codes, half_values
-from diffusion_opt.kernels.attention.door.eight_bit.oracle import ValuesIn
+from diffusion_opt.kernels.attention.arguments import Mask, checked_scale
+from diffusion_opt.kernels.attention.eight_bit.operator import attention_on_codes, half_values
+from diffusion_opt.kernels.attention.eight_bit.oracle import ValuesIn
 from diffusion_opt.kernels.quantizers.operator import quantize_channels, quantize_tokens
 from diffusion_opt.kernels.quantizers.oracle import KEY_GROUPS, QUERY_GROUPS, Granularity, smoothing_mean
 

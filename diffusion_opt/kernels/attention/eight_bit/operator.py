@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.arguments import Mask
-from diffusion_opt.kernels.attention.door.eight_bit import oracle as reference
-from diffusion_opt.kernels.attention.door.eight_bit.oracle import ValuesIn
+from diffusion_opt.kernels.attention.arguments import Mask
+from diffusion_opt.kernels.attention.eight_bit import oracle as reference
+from diffusion_opt.kernels.attention.eight_bit.oracle import ValuesIn
 from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK, Granularity, Quantized
 
 HALF_MAX = torch.finfo(torch.float16).max
@@ -55,7 +55,7 @@ def eight_bit_op(
         operands = (Quantized(q, q_scales), Quantized(k, k_scales), Quantized(v, v_scales))
         result, lse = reference.attention_8bit(*operands, mask, scale, granularity, values_in, KEY_BLOCK)
         return out.copy_(result), lse
-    from diffusion_opt.kernels.attention.door.eight_bit.forward import forward  # Triton exists on Linux only
+    from diffusion_opt.kernels.attention.eight_bit.forward import forward  # Triton exists on Linux only
 
     return out, forward(q, q_scales, k, k_scales, v, v_scales, mask, scale, granularity, values_in, out)
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.kernels.attention.door.arguments import Mask, closed_keys
+from diffusion_opt.kernels.attention.arguments import Mask, closed_keys
 from diffusion_opt.kernels.quantizers.formats import E4M3_MAX, round_e4m3
 from diffusion_opt.kernels.quantizers.oracle import KEY_GROUPS, QUERY_GROUPS, Granularity, Quantized, ScaleGroups
 

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.dense.forward import kernel_mask, load_rows
-from diffusion_opt.kernels.attention.door.fp4.forward import (
+from diffusion_opt.kernels.attention.dense.forward import kernel_mask, load_rows
+from diffusion_opt.kernels.attention.fp4.forward import (
     CASES,
     KEY_TILE,
     QUERY_TILE,
@@ -30,7 +30,7 @@ from diffusion_opt.kernels.attention.door.fp4.forward import (
     scores_of_tile,
     shape_constants,
 )
-from diffusion_opt.kernels.attention.door.fp4.oracle import Fp4Operands
+from diffusion_opt.kernels.attention.fp4.oracle import Fp4Operands
 from diffusion_opt.kernels.gate.case import CompileCase
 from diffusion_opt.kernels.launch import launch, row_of
 from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK

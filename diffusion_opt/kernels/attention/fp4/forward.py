@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.dense.forward import OPCODES, kernel_mask, load_rows, masked_scores, precision
-from diffusion_opt.kernels.attention.door.fp4.oracle import Fp4Operands
+from diffusion_opt.kernels.attention.dense.forward import OPCODES, kernel_mask, load_rows, masked_scores, precision
+from diffusion_opt.kernels.attention.fp4.oracle import Fp4Operands
 from diffusion_opt.kernels.gate.case import CompileCase, sampled
 from diffusion_opt.kernels.launch import chosen, launch, padded_head_dim, row_of
 from diffusion_opt.kernels.quantizers import oracle as quantize

@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.arguments import Mask, checked_scale, expanded_mask
-from diffusion_opt.kernels.attention.door.eight_bit.int8 import smoothing_share
-from diffusion_opt.kernels.attention.door.fp4 import oracle as reference
-from diffusion_opt.kernels.attention.door.fp4.oracle import Fp4Operands, Smoothing
+from diffusion_opt.kernels.attention.arguments import Mask, checked_scale, expanded_mask
+from diffusion_opt.kernels.attention.eight_bit.int8 import smoothing_share
+from diffusion_opt.kernels.attention.fp4 import oracle as reference
+from diffusion_opt.kernels.attention.fp4.oracle import Fp4Operands, Smoothing
 from diffusion_opt.kernels.quantizers.operator import quantize_nvfp4
 from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK, QUERY_BLOCK, block_means, smoothing_mean
 
@@ -84,7 +84,7 @@ def fp4_op(
     if runtime.mode(q) == "reference":
         result, lse, exact = reference.attention_fp4(x, mask, scale)
         return out.copy_(result), lse, exact if trains else out_hp
-    from diffusion_opt.kernels.attention.door.fp4.forward import forward  # Triton exists on Linux only
+    from diffusion_opt.kernels.attention.fp4.forward import forward  # Triton exists on Linux only
 
     return out, forward(x, mask, scale, out, out_hp if trains else None), out_hp
 
@@ -108,7 +108,7 @@ def fp4_backward_op(
     if runtime.mode(q) == "reference":
         grads = reference.attention_fp4_backward(grad_out, x, mask, scale, delta, lse)
         return tuple(grad.to(q.dtype).contiguous() for grad in grads)
-    from diffusion_opt.kernels.attention.door.fp4.backward import backward
+    from diffusion_opt.kernels.attention.fp4.backward import backward
 
     return backward(grad_out, x, mask, scale, delta, lse)
 

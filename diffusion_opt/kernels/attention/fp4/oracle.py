@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.kernels.attention.door.arguments import Mask
-from diffusion_opt.kernels.attention.door.eight_bit.oracle import masked
+from diffusion_opt.kernels.attention.arguments import Mask
+from diffusion_opt.kernels.attention.eight_bit.oracle import masked
 from diffusion_opt.kernels.quantizers.formats import (
     E2M1_MAX,
     E4M3_MIN,

@@ -19,16 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.dense.forward import load_rows, precision
-from diffusion_opt.kernels.attention.door.softmax_tiles import (
-    finish_softmax,
-    fitted,
-    real_keys,
-    softmax_step,
-    store_rows,
-)
-from diffusion_opt.kernels.attention.door.sparse.forward import sparse_case
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.dense.forward import load_rows, precision
+from diffusion_opt.kernels.attention.softmax_tiles import finish_softmax, fitted, real_keys, softmax_step, store_rows
+from diffusion_opt.kernels.attention.sparse.forward import sparse_case
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.gate.case import CompileCase
 from diffusion_opt.kernels.launch import launch, padded_head_dim, row_of
 

@@ -26,11 +26,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.arguments import checked_scale
-from diffusion_opt.kernels.attention.door.region import oracle as reference
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
-from diffusion_opt.kernels.attention.door.sparse.operator import check_kernel_can
-from diffusion_opt.kernels.attention.door.sparse.oracle import wide
+from diffusion_opt.kernels.attention.arguments import checked_scale
+from diffusion_opt.kernels.attention.region import oracle as reference
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.sparse.operator import check_kernel_can
+from diffusion_opt.kernels.attention.sparse.oracle import wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def write_rows_op(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, index:
         for cache, rows in ((k_cache, k), (v_cache, v)):
             cache.copy_(reference.with_rows(cache, rows, index))
         return
-    from diffusion_opt.kernels.attention.door.region.forward import write_rows  # Triton exists on Linux only
+    from diffusion_opt.kernels.attention.region.forward import write_rows  # Triton exists on Linux only
 
     write_rows(k_cache, v_cache, k, v, index)
 
@@ -160,7 +160,7 @@ def attention_op(
     if runtime.mode(q) == "reference":
         return reference.region_attention(q, k_cache, v_cache, index, mask, scale)
     check_kernel_can(q)
-    from diffusion_opt.kernels.attention.door.region.forward import forward
+    from diffusion_opt.kernels.attention.region.forward import forward
 
     return forward(q, k_cache, v_cache, index, mask, scale)
 

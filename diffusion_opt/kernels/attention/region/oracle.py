@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffusion_opt.kernels.attention.door.dense.oracle import attention
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
-from diffusion_opt.kernels.attention.door.sparse.oracle import block_sparse_attention, wide
+from diffusion_opt.kernels.attention.dense.oracle import attention
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.sparse.oracle import block_sparse_attention, wide
 
 
 def with_rows(

@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.dense.backward import PREPARED_ROWS, prepare_kernel
-from diffusion_opt.kernels.attention.door.dense.forward import load_rows, precision
-from diffusion_opt.kernels.attention.door.softmax_tiles import fitted, real_keys, softmax_again, store_rows
-from diffusion_opt.kernels.attention.door.sparse.forward import CASES, sparse_case
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.dense.backward import PREPARED_ROWS, prepare_kernel
+from diffusion_opt.kernels.attention.dense.forward import load_rows, precision
+from diffusion_opt.kernels.attention.softmax_tiles import fitted, real_keys, softmax_again, store_rows
+from diffusion_opt.kernels.attention.sparse.forward import CASES, sparse_case
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.gate.case import CompileCase
 from diffusion_opt.kernels.launch import launch, padded_head_dim, row_of
 

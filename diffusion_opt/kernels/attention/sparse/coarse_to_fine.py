@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
-from diffusion_opt.kernels.attention.door.sparse.operator import block_sparse_attention
-from diffusion_opt.kernels.attention.door.sparse.packing import TokenTiles
-from diffusion_opt.kernels.attention.door.sparse.predicted_masks import keep_largest, pool
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.sparse.operator import block_sparse_attention
+from diffusion_opt.kernels.attention.sparse.packing import TokenTiles
+from diffusion_opt.kernels.attention.sparse.predicted_masks import keep_largest, pool
 
 
 def coarse_to_fine_attention(

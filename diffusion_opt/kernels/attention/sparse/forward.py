@@ -20,21 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.dense.forward import (
+from diffusion_opt.kernels.attention.dense.forward import (
     OPCODES,
     ROWS_OF_A_GROUP,
     TRITON_TYPES,
     load_rows,
     precision,
 )
-from diffusion_opt.kernels.attention.door.softmax_tiles import (
-    finish_softmax,
-    fitted,
-    real_keys,
-    softmax_step,
-    store_rows,
-)
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.softmax_tiles import finish_softmax, fitted, real_keys, softmax_step, store_rows
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.gate.case import CompileCase, sampled
 from diffusion_opt.kernels.launch import chosen, launch, padded_head_dim, row_of
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from diffusion_opt.kernels.attention.door.sparse.packing import TokenTiles
+from diffusion_opt.kernels.attention.sparse.packing import TokenTiles
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.arguments import checked_scale
-from diffusion_opt.kernels.attention.door.sparse import oracle as reference
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.arguments import checked_scale
+from diffusion_opt.kernels.attention.sparse import oracle as reference
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.launch import padded_head_dim
 
 KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -68,7 +68,7 @@ def attention_op(
     if runtime.mode(q) == "reference":
         return reference.block_sparse_attention(q, k, v, mask, scale)
     check_kernel_can(q)
-    from diffusion_opt.kernels.attention.door.sparse.forward import forward  # Triton exists on Linux only
+    from diffusion_opt.kernels.attention.sparse.forward import forward  # Triton exists on Linux only
 
     return forward(q, k, v, mask, scale)
 
@@ -91,7 +91,7 @@ def attention_backward_op(
     mask = BlockMask(indices, counts, num_columns, block_m, block_n, lengths)
     if runtime.mode(q) == "reference":
         return reference.block_sparse_attention_backward(grad_out, grad_lse, q, k, v, mask, scale)
-    from diffusion_opt.kernels.attention.door.sparse.backward import backward
+    from diffusion_opt.kernels.attention.sparse.backward import backward
 
     return backward(grad_out, grad_lse, q, k, v, mask, out, lse, scale)
 

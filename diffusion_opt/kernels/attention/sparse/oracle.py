@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffusion_opt.kernels.attention.door.dense.oracle import attention, attention_backward
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.dense.oracle import attention, attention_backward
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

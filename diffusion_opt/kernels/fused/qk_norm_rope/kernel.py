@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.door.dense.forward import load_rows
+from diffusion_opt.kernels.attention.dense.forward import load_rows
 from diffusion_opt.kernels.fused.qk_norm_rope.oracle import Rotation
 from diffusion_opt.kernels.gate.case import CompileCase, sampled
 from diffusion_opt.kernels.launch import ARCHITECTURES, LaunchConfig, padded_head_dim

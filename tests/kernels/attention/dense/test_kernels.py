@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.dense import oracle as reference
-from diffusion_opt.kernels.attention.door.dense.operator import attention_op, dense_attention, dense_attention_with_lse
 from kernels.accuracy import assert_at_most_twice_the_error_of_torch
 from torch import Tensor
+
+from diffusion_opt.kernels.attention.dense import oracle as reference
+from diffusion_opt.kernels.attention.dense.operator import attention_op, dense_attention, dense_attention_with_lse
 
 pytestmark = pytest.mark.interpreted
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.dense import oracle as reference
-from diffusion_opt.kernels.attention.door.dense.operator import attention_op, dense_attention, dense_attention_with_lse
 from torch import Tensor
+
+from diffusion_opt.kernels.attention.dense import oracle as reference
+from diffusion_opt.kernels.attention.dense.operator import attention_op, dense_attention, dense_attention_with_lse
 
 B, H, LQ, LK, D = 2, 3, 5, 4, 7
 

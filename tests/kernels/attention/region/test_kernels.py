@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.region import oracle as reference
-from diffusion_opt.kernels.attention.door.region.operator import Region, attention_op
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
 from kernels.accuracy import assert_at_most_twice_the_error_of_torch
 from kernels.attention.sparse.sparse_masks import random_mask, to
 from torch import Tensor
+
+from diffusion_opt.kernels.attention.region import oracle as reference
+from diffusion_opt.kernels.attention.region.operator import Region, attention_op
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 
 pytestmark = pytest.mark.interpreted
 

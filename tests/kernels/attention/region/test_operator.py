@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.dense import oracle as dense
-from diffusion_opt.kernels.attention.door.region.operator import Region, attention_op, write_rows_op
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
 from torch import Tensor
+
+from diffusion_opt.kernels.attention.dense import oracle as dense
+from diffusion_opt.kernels.attention.region.operator import Region, attention_op, write_rows_op
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 
 B, H, LENGTH, D = 2, 3, 41, 5
 

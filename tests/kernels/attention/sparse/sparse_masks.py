@@ -1,8 +1,9 @@
 """Masks that try a sparse kernel: ragged ends, rows without a tile, columns that nobody wants, blocks with gaps."""
 
 import torch
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask, sliding_tile
-from diffusion_opt.kernels.attention.door.sparse.packing import token_tiles
+
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask, sliding_tile
+from diffusion_opt.kernels.attention.sparse.packing import token_tiles
 
 
 def random_mask(

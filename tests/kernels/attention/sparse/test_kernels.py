@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.dense import oracle as dense
-from diffusion_opt.kernels.attention.door.softmax_tiles import fitted
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
-from diffusion_opt.kernels.attention.door.sparse.operator import attention_op, block_sparse_attention
 from kernels.accuracy import assert_at_most_twice_the_error_of_torch
 from kernels.attention.sparse.sparse_masks import random_mask, to, window_mask
 from torch import Tensor
 
+from diffusion_opt.kernels.attention.dense import oracle as dense
+from diffusion_opt.kernels.attention.softmax_tiles import fitted
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.sparse.operator import attention_op, block_sparse_attention
 from diffusion_opt.kernels.launch import LaunchConfig
 
 pytestmark = pytest.mark.interpreted

@@ -5,18 +5,19 @@ import math
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask, radial, sliding_tile
-from diffusion_opt.kernels.attention.door.sparse.packing import token_tiles
-from diffusion_opt.kernels.attention.door.sparse.predicted_masks import (
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask, radial, sliding_tile
+from diffusion_opt.kernels.attention.sparse.packing import token_tiles
+from diffusion_opt.kernels.attention.sparse.predicted_masks import (
     keep_largest,
     keep_mass,
     pool,
     predicted_mask,
     similarity,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
 
 axes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from diffusion_opt.kernels.attention.door.dense import oracle as dense
-from diffusion_opt.kernels.attention.door.sparse.coarse_to_fine import coarse_to_fine_attention
-from diffusion_opt.kernels.attention.door.sparse.masks import BlockMask
-from diffusion_opt.kernels.attention.door.sparse.operator import attention_op, block_sparse_attention
-from diffusion_opt.kernels.attention.door.sparse.packing import TokenTiles, token_tiles
 from kernels.attention.sparse.sparse_masks import random_mask, window_mask
 from torch import Tensor
+
+from diffusion_opt.kernels.attention.dense import oracle as dense
+from diffusion_opt.kernels.attention.sparse.coarse_to_fine import coarse_to_fine_attention
+from diffusion_opt.kernels.attention.sparse.masks import BlockMask
+from diffusion_opt.kernels.attention.sparse.operator import attention_op, block_sparse_attention
+from diffusion_opt.kernels.attention.sparse.packing import TokenTiles, token_tiles
 
 
 def qkv(b: int = 2, h: int = 3, lq: int = 37, lk: int = 50, d: int = 5, dtype=torch.float64) -> list[Tensor]:
