@@ -1,16 +1,25 @@
-"""What we learn from: loaders that verify what they read."""
+"""What we learn from: loaders that verify what they read; files written in full or not at all."""
 
 from diffusion_opt.datasets.fashion_mnist import FASHION_CLASSES, ImageData, load_fashion_mnist, read_idx
-from diffusion_opt.datasets.integrity import CorruptFileError, verify, write_sums
+from diffusion_opt.datasets.folder_lock import FolderInUseError, folder_lock
+from diffusion_opt.datasets.integrity import verify, write_sums
 from diffusion_opt.datasets.location import data_dir
+from diffusion_opt.datasets.writing import CorruptFileError, read_json, write_json, write_tensors, write_text, written
 
 __all__ = [
     "FASHION_CLASSES",
     "CorruptFileError",
+    "FolderInUseError",
     "ImageData",
     "data_dir",
+    "folder_lock",
     "load_fashion_mnist",
     "read_idx",
+    "read_json",
     "verify",
+    "write_json",
     "write_sums",
+    "write_tensors",
+    "write_text",
+    "written",
 ]

@@ -7,11 +7,9 @@ of `data/` holds a `SHA256SUMS` file in the format of `sha256sum`, so `sha256sum
 import hashlib
 from pathlib import Path
 
+from diffusion_opt.datasets.writing import CorruptFileError, write_text
+
 SUMS = "SHA256SUMS"
-
-
-class CorruptFileError(OSError):
-    """A shipped file is missing, truncated or altered; the message names it and says what to do."""
 
 
 def sha256(path: Path) -> str:
@@ -24,7 +22,7 @@ def write_sums(folder: Path) -> None:
     """Write `SHA256SUMS` for all files below `folder` (but not for itself and not for `README.md` cards)."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     lines = [f"{sha256(folder / name)}  {name}" for name in names if name not in (SUMS, "README.md")]
-    (folder / SUMS).write_text("\n".join(lines) + "\n")
+    write_text(folder / SUMS, "\n".join(lines) + "\n")
 
 
 def read_sums(folder: Path) -> dict[str, str]:
