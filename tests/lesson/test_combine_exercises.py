@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion_opt.caching import TeaCache
+from diffusion_opt.caching import ErrorBoundedCache, MagCache, ScheduledCache, StepTable, TeaCache
 from diffusion_opt.lesson import checks
 from diffusion_opt.lesson.checks import WrongAnswerError
 from diffusion_opt.models import load
@@ -93,3 +93,22 @@ def test_the_pair_that_conflicts_is_the_one_that_the_pipeline_refuses():
     for pair in [(Student("fashion-4step"), DynamicInt8()), (Student("fashion-4step"), TeaCache(0.2)),
                  (Solver(8), DynamicInt8()), (Solver(8), TeaCache(0.2)), (DynamicInt8(), TeaCache(0.2))]:  # fmt: skip
         Recipe(pair).apply(load("fashion"))
+
+
+CALIBRATED = {
+    "scheduled_cache": ScheduledCache("fashion-15"),
+    "mag_cache": MagCache(0.1, "fashion-calibration"),
+    "step_table": StepTable(0.2, "fashion-calibration"),
+    "error_bounded_cache": ErrorBoundedCache(0.05, calibration="fashion-error-bound"),
+}
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize(("other", "technique"), [("solver", Solver(12)), ("student", Student("fashion-4step"))])
+def test_a_pair_that_the_pipeline_refuses_is_a_right_answer(name, other, technique, capsys):
+    checks.ex_12_1((other, name))
+    assert capsys.readouterr().out.startswith("correct: ")
+    pipe = load("fashion")
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"calibrat|belongs|searched"):
+        Recipe((technique, CALIBRATED[name])).apply(pipe)("bag")

@@ -35,15 +35,15 @@ MISTAKES = [
     ("ex_10_1", scaled(lambda off, _: off.square().mean(1)), "not of its square"),
     ("ex_10_1", scaled(lambda off, _: off.norm(dim=1)), "not the length"),
     ("ex_10_1", scaled(lambda off, _: off.abs().sum(1)), "not their sum"),
-    ("ex_10_2", lambda f, r: weight_of(f, r) / r**2, "the factor r\\^2 is missing"),
-    ("ex_10_2", lambda f, r: weight_of(f, r) / r, "one factor r is missing"),
-    ("ex_10_2", lambda f, r: first(r) * r**2, "needs the second"),
-    ("ex_10_2", lambda f, r: first(r) * r, "one factor r; h"),
-    ("ex_10_2", lambda f, r: f(r) * r**2, "f itself"),
-    ("ex_10_2", lambda f, r: weight_of(f, r) / weight_of(f, r).mean(), "up to scale"),
-    ("ex_10_3", BROKEN, "you changed nothing"),
-    ("ex_10_3", PlaneRun(), "you changed fake_updates, warmup, fake_rate"),
-    ("ex_10_3", replace(BROKEN, guidance=2.0), "guidance is as in the sound run"),
+    ("ex_10_3", lambda f, r: weight_of(f, r) / r**2, "the factor r\\^2 is missing"),
+    ("ex_10_3", lambda f, r: weight_of(f, r) / r, "one factor r is missing"),
+    ("ex_10_3", lambda f, r: first(r) * r**2, "needs the second"),
+    ("ex_10_3", lambda f, r: first(r) * r, "one factor r; h"),
+    ("ex_10_3", lambda f, r: f(r) * r**2, "f itself"),
+    ("ex_10_3", lambda f, r: weight_of(f, r) / weight_of(f, r).mean(), "up to scale"),
+    ("ex_10_2", BROKEN, "you changed nothing"),
+    ("ex_10_2", PlaneRun(), "you changed fake_updates, warmup, fake_rate"),
+    ("ex_10_2", replace(BROKEN, guidance=2.0), "guidance is as in the sound run"),
 ]
 
 
@@ -60,19 +60,19 @@ def test_a_typical_mistake_gets_its_hint(name, wrong, hint, capsys):
 )
 def test_a_cure_that_does_not_help_is_trained_and_explained(change, hint):
     with pytest.raises(WrongAnswerError, match=hint):
-        checks.ex_10_3(replace(BROKEN, **change))
+        checks.ex_10_2(replace(BROKEN, **change))
 
 
 @pytest.mark.slow
 def test_any_rate_that_keeps_up_passes(capsys):
-    checks.ex_10_3(replace(BROKEN, fake_rate=4.0))
+    checks.ex_10_2(replace(BROKEN, fake_rate=4.0))
     assert capsys.readouterr().out.startswith("correct: ")
 
 
 @pytest.mark.wrong_shapes
 def test_something_else_than_a_run_is_explained():
     with pytest.raises(WrongAnswerError, match="a PlaneRun is asked for, got dict"):
-        checks.ex_10_3({"fake_rate": 2.0})
+        checks.ex_10_2({"fake_rate": 2.0})
 
 
 def test_the_weights_of_the_package_follow_from_their_functions():

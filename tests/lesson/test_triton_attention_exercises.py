@@ -40,6 +40,15 @@ def without_maximum(X, OUT, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def rows_a_block_apart(X, OUT, columns, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tl.arange(0, BLOCK) < columns
+    x = tl.load(X + place, mask=inside, other=float("-inf"))
+    weights = tl.exp(x - tl.max(x))
+    tl.store(OUT + place, weights / tl.sum(weights), mask=inside)
+
+
+@triton.jit
 def unmasked_store(X, OUT, columns, BLOCK: tl.constexpr):
     place = tl.program_id(0) * columns + tl.arange(0, BLOCK)
     x = tl.load(X + place, mask=tl.arange(0, BLOCK) < columns, other=float("-inf"))
@@ -71,6 +80,7 @@ MISTAKES = [
     ("ex_07_1", without_sum, "the division by the sum"),
     ("ex_07_1", without_maximum, "large ones overflow"),
     ("ex_07_1", unmasked_store, "writes behind the data"),
+    ("ex_07_1", rows_a_block_apart, "not after BLOCK"),
     ("ex_07_1", torch.softmax, "decorated with @triton.jit"),
     ("ex_07_2", changed(m=lambda g: g["m1"] + g["m2"]), "maxima do not add"),
     ("ex_07_2", changed(l=lambda g: g["l1"] + g["l2"]), "under its own maximum"),

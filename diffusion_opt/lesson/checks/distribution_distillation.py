@@ -49,7 +49,7 @@ def ex_10_1(answer: Answer) -> None:
     praise("the student needs no gradient of either network: two passes without memory, and one subtraction")
 
 
-def ex_10_2(answer: Answer) -> None:
+def ex_10_3(answer: Answer) -> None:
     """weight_of(f, r): h(r) = f''(r) r^2 for a function f of a number, at ratios r (B,)."""
     r = torch.tensor([0.2, 0.7, 1.0, 3.0, 8.0], dtype=torch.float64)
     found = called(answer, (_jeffreys, r), "h(r) = f''(r) r^2; torch.func.grad and torch.func.vmap differentiate f")
@@ -69,7 +69,7 @@ def ex_10_2(answer: Answer) -> None:
     praise("any convex f gives a divergence, and all of them have one gradient, up to this weight")
 
 
-def ex_10_3(answer: PlaneRun | EllipsisType | None) -> None:
+def ex_10_2(answer: PlaneRun | EllipsisType | None) -> None:
     """mended: the run "slow_fake_score" with one field changed so that the student finds all eight modes."""
     if is_stub(answer):
         not_yet('replace(FAILURES["slow_fake_score"], …) with one of fake_updates, warmup, fake_rate')

@@ -22,6 +22,6 @@ mended = replace(FAILURES["slow_fake_score"], fake_rate=2.0)
 
 SOLUTIONS = {
     "ex_10_1": push,
-    "ex_10_2": weight_of,
-    "ex_10_3": mended,
+    "ex_10_2": mended,
+    "ex_10_3": weight_of,
 }
