@@ -3,8 +3,8 @@
 from diffusion_opt.datasets.fashion_mnist import FASHION_CLASSES, ImageData, load_fashion_mnist, read_idx
 from diffusion_opt.datasets.folder_lock import FolderInUseError, folder_lock
 from diffusion_opt.datasets.integrity import verify, write_sums
-from diffusion_opt.datasets.location import data_dir
 from diffusion_opt.datasets.writing import CorruptFileError, read_json, write_json, write_tensors, write_text, written
+from diffusion_opt.names import data_dir
 
 __all__ = [
     "FASHION_CLASSES",

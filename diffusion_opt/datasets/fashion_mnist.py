@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_opt.datasets.integrity import CorruptFileError, verify
-from diffusion_opt.datasets.location import data_dir
+from diffusion_opt.names import data_dir
 
 FASHION_CLASSES = (
     "t-shirt",

@@ -11,7 +11,8 @@ from diffusion_opt.models.points import PointVelocity
 from diffusion_opt.models.prompt_table import PromptTable
 from diffusion_opt.models.schedulers import FlowMatchAdamsBashforthScheduler
 from diffusion_opt.models.wan import WanVelocity
-from diffusion_opt.models.zoo import SHIPPED, ShippedModel, load, ship
+from diffusion_opt.models.zoo import load, ship
+from diffusion_opt.names import SHIPPED, ShippedModel
 
 __all__ = [
     "SHIPPED",

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from diffusion_opt import models
 from diffusion_opt.datasets import CorruptFileError, verify, write_sums
 from diffusion_opt.models.fingerprint import fingerprint
-from diffusion_opt.models.zoo import QUANTIZED, SHIPPED, forget_origin, open_pipeline
+from diffusion_opt.models.opening import AUTO, Dtype, as_dtype, place, settled, stored_dtype
+from diffusion_opt.models.zoo import QUANTIZED, forget_origin, locate, open_pipeline
 from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention, attention_of
 from diffusion_opt.quantization.faster.int8_cpu import DynamicInt8Linear
 from diffusion_opt.quantization.faster.replacement import EightBitLinear
@@ -79,20 +80,20 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> None:
 
 
 def load(
-    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name: str | Path, *, dtype: Dtype = AUTO, device: str | torch.device = "cpu", offload: str | None = None
 ) -> DiffusionPipeline:
-    """Open a pipeline by shipped name, folder or hub name, packed or not, ready to call on `device`.
+    """Open a pipeline by shipped name, folder or hub name, packed or not, ready to call; settings as in `models.load`.
 
     Raises what `models.load` and `load_quantized` raise.
     """
-    folder = SHIPPED[str(name)].folder if str(name) in SHIPPED else Path(name)
+    dtype, folder = as_dtype(dtype), locate(name)
     if (folder / QUANTIZED).is_file() or (folder / WEIGHTS).is_file():
-        return load_quantized(folder, device=device, dtype=dtype)
-    return models.load(name, device=device, dtype=dtype)
+        return load_quantized(folder, dtype=dtype, device=device, offload=offload)
+    return models.load(name, dtype=dtype, device=device, offload=offload)
 
 
 def load_quantized(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path, *, dtype: Dtype = AUTO, device: str | torch.device = "cpu", offload: str | None = None
 ) -> DiffusionPipeline:
     """Open what `save_quantized` wrote; on a device of the same kind the output is that of the saved pipeline.
 
@@ -101,13 +102,15 @@ def load_quantized(
     """
     folder = Path(folder)
     verify(folder)
+    device = settled(device)
+    dtype = stored_dtype(folder) if dtype == AUTO else as_dtype(dtype)
     record = _read_record(folder)
     transformer = _skeleton(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, FileNotFoundError) as error:
         raise CorruptFileError(f"{folder / WEIGHTS} cannot be read ({error}): save the pipeline again") from error
-    on_cpu = torch.device(device).type == "cpu"
+    on_cpu = device.type == "cpu"
     layers = {name: _restore(transformer, name, entry, tensors, on_cpu) for name, entry in record["layers"].items()}
     _fill(transformer, tensors, set(layers))
     for name, layer in layers.items():
@@ -117,7 +120,8 @@ def load_quantized(
             f"{folder / QUANTIZED} is of model {record['model']}, but the weights beside it are of model {found}: "
             "these files do not belong together; save the pipeline again"
         )
-    pipe = open_pipeline(folder, dtype, transformer=nn.Module.to(transformer.eval(), dtype)).to(device)
+    pipe = open_pipeline(folder, dtype, transformer=nn.Module.to(transformer.eval(), dtype))
+    pipe = place(pipe, device, offload)
     return pipe if record["attention"] is None else LowPrecisionAttention(**record["attention"]).apply(pipe)
 
 

@@ -1,0 +1,88 @@
+"""What a user may call by name, and where the shipped files lie. Imports nothing heavy.
+
+The command line checks names with this module before it imports torch, so a typing error is answered in a moment and
+not after the seconds that torch, diffusers and modelopt take. Every other room may use it: it lies at the bottom.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ShippedModel:
+    """A model of this repository; how it was made and how good it is stands in its card, `folder / "README.md"`."""
+
+    name: str
+    summary: str
+    teacher: str | None = None  # None: trained on data; otherwise the shipped model it was distilled from
+    quantized_from: str | None = None  # the shipped model that this one holds in fewer bits
+
+    @property
+    def folder(self) -> Path:
+        """Its folder. Raises FileNotFoundError as `data_dir` does."""
+        return data_dir() / "models" / self.name
+
+
+SHIPPED = {
+    model.name: model
+    for model in (
+        ShippedModel("fashion", "Fashion-MNIST 28x28, hidden 256, 49 tokens, 4.6 M parameters: the teacher"),
+        ShippedModel("fashion-4step", "4 steps, guidance 2 distilled in", "fashion"),
+        ShippedModel("fashion-4step-interval", "4 steps, guidance 2 from t = 0.3 to 0.9 distilled in", "fashion"),
+        ShippedModel("fashion-4step-int8", "fashion-4step on the INT8 kernel of the CPU", "fashion", "fashion-4step"),
+        ShippedModel("fashion-4step-nvfp4", "fashion-4step in 4.5 bits a weight", "fashion", "fashion-4step"),
+        ShippedModel("fashion-2step", "2 steps, guidance 2 from t = 0.3 to 0.9 distilled in", "fashion"),
+        ShippedModel("fashion-1step", "1 step, guidance 2 from t = 0.3 to 0.8 distilled in", "fashion"),
+        ShippedModel("fashion-micro", "Fashion-MNIST 16x16, hidden 128, 16 tokens, 1.2 M: trains in minutes"),
+    )
+}
+
+
+def data_dir() -> Path:
+    """The folder of shipped data and weights: `data/` of the repository, or DIFFUSION_OPT_DATA.
+
+    Raises FileNotFoundError, with the remedy, if it does not exist.
+    """
+    override = os.environ.get("DIFFUSION_OPT_DATA")
+    folder = Path(override) if override else Path(__file__).resolve().parents[1] / "data"
+    if folder.is_dir():
+        return folder
+    if override:
+        raise FileNotFoundError(f"DIFFUSION_OPT_DATA points to {folder}, which is not a folder")
+    raise FileNotFoundError(
+        "shipped models and data are not part of the installed package: they lie in the folder data/ of its "
+        "repository. Set DIFFUSION_OPT_DATA to that folder of a clone"
+    )
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean …?)` for a word that is close to one of the choices, otherwise nothing."""
+    found = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def check_name(name: str | Path) -> None:
+    """Raise ValueError unless this can be a model: a shipped name, a folder that exists, or a name of the hub."""
+    text = str(name)
+    if text in SHIPPED or Path(name).is_dir():
+        return
+    owner, _, rest = text.partition("/")
+    hub = isinstance(name, str) and owner and rest and "/" not in rest and not text.startswith((".", "~"))
+    if hub and not Path(owner).is_dir():
+        return
+    parent = Path(name).expanduser().parent
+    beside = [str(parent / path.parent.name) for path in sorted(parent.glob("*/model_index.json"))]
+    hint = nearest(text, [*SHIPPED, *beside])
+    if hub:
+        listed = f": it holds {', '.join(Path(path).name for path in beside)}" if beside and not hint else ""
+        raise ValueError(
+            f"unknown model {text!r}{hint}: the folder {owner} has no {rest}{listed}. "
+            f"For a model of the hub by that name, run this where no folder is named {owner}"
+        )
+    raise ValueError(
+        f"unknown model {text!r}{hint}: use one of {', '.join(SHIPPED)}, a folder that holds a pipeline, "
+        "or a hub name such as 'black-forest-labs/FLUX.2-klein-4B'"
+    )
