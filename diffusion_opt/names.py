@@ -74,10 +74,10 @@ def check_name(name: str | Path) -> None:
     if hub and not Path(owner).is_dir():
         return
     parent = Path(name).expanduser().parent
-    beside = [str(parent / path.parent.name) for path in sorted(parent.glob("*/model_index.json"))]
-    hint = nearest(text, [*SHIPPED, *beside])
+    beside = [path.parent.name for path in sorted(parent.glob("*/model_index.json"))]
+    hint = nearest(text, SHIPPED) or nearest(Path(name).name, beside)
     if hub:
-        listed = f": it holds {', '.join(Path(path).name for path in beside)}" if beside and not hint else ""
+        listed = f": it holds {', '.join(beside)}" if beside and not hint else ""
         raise ValueError(
             f"unknown model {text!r}{hint}: the folder {owner} has no {rest}{listed}. "
             f"For a model of the hub by that name, run this where no folder is named {owner}"

@@ -85,7 +85,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
     except ValueError as error:
-        raise CorruptFileError(f"{path} is not valid JSON ({error}); restore it with git or download it anew") from error
+        raise CorruptFileError(
+            f"{path} is not valid JSON ({error}); restore it with git or download it anew"
+        ) from error
     if not isinstance(index, dict) or "_class_name" not in index:
         raise CorruptFileError(f"{path} names no pipeline class; restore it with git or download it anew")
     return index

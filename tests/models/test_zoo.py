@@ -97,7 +97,7 @@ def test_a_folder_of_another_pipeline_class_opens_with_diffusers_and_without_net
     calls = []
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *a, **k: calls.append((a, k)) or pipe)
     assert load(tmp_path) is pipe
-    ((folder,), settings) = calls[0]
+    ((folder,), settings) = calls[-1]
     assert folder == tmp_path and settings["local_files_only"] and settings["use_safetensors"]
 
 
@@ -114,16 +114,40 @@ def test_opening_leaves_the_progress_bars_of_diffusers_as_they_were(shipped, cap
     assert "Loading pipeline" not in capsys.readouterr().err
 
 
-def test_only_a_hub_name_goes_to_the_hub(shipped, pipe, monkeypatch):
+def test_only_a_hub_name_goes_to_the_hub(shipped, pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path / "cached")
     calls = []
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda name, **k: calls.append((name, k)) or pipe)
+    monkeypatch.setattr(
+        DiffusionPipeline, "download", lambda name, **k: calls.append((name, k)) or str(tmp_path / "cached")
+    )
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("tried to connect"))
     for name in ("nosuch", "./no/such", "/no/such", "~/such", "a/b/c"):
         with pytest.raises(ValueError, match=r"unknown model .*: use one of fashion, .*, a folder .* or a hub name"):
             load(name)
     assert calls == []
-    assert load("black-forest-labs/FLUX.2-klein-4B", dtype=torch.float16) is pipe
-    assert calls == [("black-forest-labs/FLUX.2-klein-4B", {"dtype": torch.float16, "use_safetensors": True})]
+    assert load("black-forest-labs/FLUX.2-klein-4B", dtype="bfloat16").transformer.dtype == torch.bfloat16
+    assert calls == [("black-forest-labs/FLUX.2-klein-4B", {"use_safetensors": True})]
+
+
+def test_a_typing_error_beside_folders_does_not_go_to_the_hub(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path / "models" / "klein")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: pytest.fail("went to the hub"))
+    with pytest.raises(ValueError, match=r"unknown model 'models/klien' \(did you mean klein\?\)"):
+        load("models/klien")
+    with pytest.raises(ValueError, match="the folder models has no other: it holds klein"):
+        load("models/other")
+    with pytest.raises(ValueError, match=r"unknown model 'fashon-4step' \(did you mean fashion-4step\?\)"):
+        load("fashon-4step")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("Please check out the root cause in the stacktrace above.") from ConnectionError("no route.\nat")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", offline)
+    with pytest.raises(OSError, match="cannot open someone/model from the hub, and it is not in its cache: no route$"):
+        load("someone/model")
 
 
 def test_folders_without_a_readable_index(tmp_path):
