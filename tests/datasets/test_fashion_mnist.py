@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_opt import names
 from diffusion_opt.datasets import (
     FASHION_CLASSES,
     CorruptFileError,
     data_dir,
     load_fashion_mnist,
-    location,
     read_idx,
     write_sums,
 )
@@ -123,8 +123,8 @@ def test_data_folder_of_the_repository_or_of_the_environment(tmp_path, monkeypat
 
 def test_installed_without_its_repository(tmp_path, monkeypatch):
     monkeypatch.delenv("DIFFUSION_OPT_DATA", raising=False)
-    monkeypatch.setattr(location, "__file__", str(tmp_path / "a" / "b" / "location.py"))
-    with pytest.raises(FileNotFoundError, match="pip install -e"):
+    monkeypatch.setattr(names, "__file__", str(tmp_path / "a" / "names.py"))
+    with pytest.raises(FileNotFoundError, match="Set DIFFUSION_OPT_DATA to that folder of a clone"):
         data_dir()
 
 

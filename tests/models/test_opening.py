@@ -64,7 +64,7 @@ def test_auto_is_the_type_of_the_network_for_all_parts(wan, tokenizer, tmp_path)
 
 
 def test_types_and_places_that_cannot_be(pipe):
-    with pytest.raises(ValueError, match="dtype must be auto, float32, bfloat16, float16 .*, got 'bf16'"):
+    with pytest.raises(ValueError, match=r"dtype must be auto, float32, bfloat16, float16 .*, got 'bf16'"):
         diffusion_opt.load("fashion", dtype="bf16")
     with pytest.raises(ValueError, match=r"dtype must be auto, .*, got torch\.int8"):
         diffusion_opt.load("fashion", dtype=torch.int8)
@@ -91,8 +91,8 @@ def test_a_folder_with_code_of_its_own_is_refused_and_nothing_of_it_runs(wan, tm
         path = tmp_path / str(len(list(tmp_path.iterdir())))
         (path / "transformer").mkdir(parents=True)
         (path / "model_index.json").write_text(json.dumps(json.loads((wan / "model_index.json").read_text()) | changes))
-        for place in ("mine.py", "transformer/mine.py", "transformer/diffusers.py"):
-            (path / place).write_text("raise SystemExit('ran')")
+        for code in ("mine.py", "transformer/mine.py", "transformer/diffusers.py"):
+            (path / code).write_text("raise SystemExit('ran')")
         return path
 
     for changes, message in (

@@ -146,7 +146,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
         raise OSError("Please check out the root cause in the stacktrace above.") from ConnectionError("no route.\nat")
 
     monkeypatch.setattr(DiffusionPipeline, "download", offline)
-    with pytest.raises(OSError, match="cannot open someone/model from the hub, and it is not in its cache: no route$"):
+    with pytest.raises(OSError, match=r"cannot open someone/model from the hub, and it is not in its cache: no route$"):
         load("someone/model")
 
 
