@@ -3,7 +3,7 @@
 A process may be killed at any byte, and a disk may fill up at any byte. `path.write_text(…)` then leaves half a file
 under the right name, which the next run reads as if it were good. Here every file is written under a name of its own in
 the same folder, flushed (`fsync`), and renamed; POSIX makes the rename atomic. Afterwards the folder is flushed too,
-because a rename that is not on the disk is lost when the machine stops. What stood there before stays until that moment.
+because a rename that is not on the disk is lost when the machine stops. What stood there before stays until then.
 
     write_json(path, value)          a JSON file; NaN and infinity are refused, since JSON has no word for them
     write_tensors(path, tensors)     a safetensors file

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffusion_opt.datasets import CorruptFileError, data_dir, verify
+from diffusion_opt.datasets.writing import write_json, write_tensors
 
 METRIC_NAME = "FD (fashion features)"
 FEATURES_BY_SIZE = {28: "fashion", 16: "fashion-micro"}
@@ -150,5 +151,5 @@ def read_features(folder: Path) -> FashionFeatures:
 def save_features(network: FashionFeatures, folder: Path) -> None:
     """Write `config.json` and `model.safetensors`; the caller seals the folder with `datasets.write_sums`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(asdict(network.config), indent=2) + "\n")
-    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, folder / WEIGHTS_FILE)
+    write_json(folder / CONFIG_FILE, asdict(network.config))
+    write_tensors(folder / WEIGHTS_FILE, network.state_dict())

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffusion_opt.datasets.writing import write_text
 from diffusion_opt.evaluation.cost import Cost, count
 from diffusion_opt.evaluation.machine import machine
 from diffusion_opt.evaluation.quality import RESAMPLES, Quality, quality
@@ -96,7 +97,7 @@ class Measurement:
 
     def save(self, path: Path) -> None:
         """Write the JSON to a file."""
-        path.write_text(self.to_json() + "\n")
+        write_text(path, self.to_json() + "\n")
 
 
 def speedup(baseline: Measurement, fast: Measurement) -> float:

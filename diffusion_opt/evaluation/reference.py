@@ -18,10 +18,11 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion_opt.datasets import ImageData, verify
+from diffusion_opt.datasets.writing import write_tensors
 from diffusion_opt.evaluation.distances import frechet_distance, moments
 from diffusion_opt.evaluation.features import FashionFeatures, embed, feature_folder
 
@@ -81,7 +82,7 @@ def save_references(references: list[Reference], folder: Path) -> None:
     for reference in references:
         for part in ("mean", "cov", "examples"):
             tensors[f"{reference.split}.{part}"] = getattr(reference, part).contiguous()
-    save_file(tensors, folder / REFERENCE_FILE)
+    write_tensors(folder / REFERENCE_FILE, tensors)
 
 
 def floor_distance(reference: Reference, real: Reference, num_samples: int) -> float:

@@ -20,6 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from diffusion_opt.datasets import verify, write_sums
+from diffusion_opt.datasets.writing import write_text
 from diffusion_opt.models.opening import AUTO, Dtype, as_dtype, open_folder, place
 from diffusion_opt.models.pipeline import TinyFlux2Pipeline
 from diffusion_opt.names import SHIPPED, check_name
@@ -88,7 +89,7 @@ def ship(pipe: TinyFlux2Pipeline, folder: Path, card: str) -> None:
             nn.Module.to(part, torch.float16)
     half.save_pretrained(folder, safe_serialization=True)
     forget_origin(folder)
-    (folder / "README.md").write_text(card)
+    write_text(folder / "README.md", card)
     write_sums(folder)
 
 
@@ -97,4 +98,4 @@ def forget_origin(folder: Path) -> None:
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text())
         if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

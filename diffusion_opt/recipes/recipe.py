@@ -9,7 +9,6 @@ them refuses the pipeline, those already applied are taken back and the pipeline
     {"techniques": [{"technique": "student", "model": "fashion-1step"}, {"technique": "dynamic_int8"}]}
 """
 
-import json
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +29,7 @@ from diffusion_opt.caching import (
     StepTable,
     TeaCache,
 )
+from diffusion_opt.datasets.writing import read_json, write_json
 from diffusion_opt.quantization import PTQ, W8A8, Bfloat16, DynamicInt8, LowPrecisionAttention
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
 
@@ -152,12 +152,12 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         """Write the recipe as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
         """Read a recipe from a JSON file."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        return cls.from_dict(read_json(Path(path), "save the recipe again"))
 
 
 def apply(pipe: DiffusionPipeline, *techniques: Technique) -> DiffusionPipeline:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffusion_opt.datasets.writing import write_json, write_text, written
 from diffusion_opt.recipes.ladder import TEACHER, LadderResult
 
 if TYPE_CHECKING:
@@ -125,9 +126,10 @@ src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>
 def write(result: LadderResult, folder: Path, command: str) -> dict[str, Any]:
     """Write `report.json`, `ladder.png` and `report.html` to an existing folder; returns the report's data."""
     report = as_dict(result, command)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(folder / "report.json", report)
     picture = io.BytesIO()
     figure(result).savefig(picture, format="png", dpi=130)
-    (folder / "ladder.png").write_bytes(picture.getvalue())
-    (folder / "report.html").write_text(page(report, picture.getvalue()))
+    with written(folder / "ladder.png") as fresh:
+        fresh.write_bytes(picture.getvalue())
+    write_text(folder / "report.html", page(report, picture.getvalue()))
     return report

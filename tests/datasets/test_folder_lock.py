@@ -40,9 +40,9 @@ def test_a_free_folder_is_made_held_and_left_clean(tmp_path):
 
 
 def test_the_second_run_is_told_who_holds_the_folder_and_may_go_on_after_it(tmp_path, holder):
-    with pytest.raises(FolderInUseError, match=rf"is in use \(run\) by process {holder.pid} on .* since .*; wait"):
-        with folder_lock(tmp_path):
-            pytest.fail("two runs in one folder")
+    told = rf"is in use \(run\) by process {holder.pid} on .* since .*; wait"
+    with pytest.raises(FolderInUseError, match=told), folder_lock(tmp_path):
+        pytest.fail("two runs in one folder")
     holder.communicate()
     with folder_lock(tmp_path):
         pass
@@ -57,13 +57,12 @@ def test_a_lock_that_a_killed_run_left_stops_nobody(tmp_path, holder):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_different_work_in_one_folder_and_two_threads_of_one_process(tmp_path):
+def test_locks_of_different_work_do_not_exclude_each_other_and_one_is_held_once_in_a_process(tmp_path):
+    told = rf"\(student\) by process {os.getpid()}"
     with folder_lock(tmp_path, "student"), folder_lock(tmp_path, "training"):
-        with (
-            pytest.raises(FolderInUseError, match=rf"\(student\) by process {os.getpid()}"),
-            folder_lock(tmp_path, "student"),
-        ):
+        with pytest.raises(FolderInUseError, match=told), folder_lock(tmp_path, "student"):
             pytest.fail("held twice")
+        assert (tmp_path / ".student.lock").is_file()
 
 
 def test_it_is_given_up_after_an_error(tmp_path):

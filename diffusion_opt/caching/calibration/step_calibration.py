@@ -13,7 +13,6 @@ fixed table of steps would serve as well as the rule. The R^2 are taken on the r
 flatter; the table most, which has one free value a step.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from diffusion_opt.caching.calibration.polynomial import PolynomialCurve, fit_po
 from diffusion_opt.caching.calibration.stored import find_stored, read_stored
 from diffusion_opt.caching.step.stack import StackCut, StackPass
 from diffusion_opt.caching.step.technique import check_one_transformer
+from diffusion_opt.datasets.writing import write_json
 from diffusion_opt.models.block_stack import Streams
 
 
@@ -63,7 +63,7 @@ class StepCalibration:
         )
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_json(Path(path), asdict(self), indent=1)
 
     @classmethod
     def load(cls, name: str | Path) -> "StepCalibration":

@@ -11,7 +11,6 @@ taken at the end, in turns, so that a slow minute of the machine touches all ali
 spares is time that it spares is read off the two ratios beside each other.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -27,6 +26,7 @@ from diffusion_opt.caching.rules import FixedSchedule
 from diffusion_opt.caching.rules.fixed import marks
 from diffusion_opt.caching.schedules.search import SearchSettings
 from diffusion_opt.caching.step.predictors import PredictorName
+from diffusion_opt.datasets.writing import read_json, write_json
 from diffusion_opt.evaluation import interleaved, machine
 
 if TYPE_CHECKING:
@@ -99,12 +99,12 @@ class Comparison:
     machine: dict
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_json(Path(path), asdict(self), indent=1)
 
     @classmethod
     def load(cls, path: str | Path) -> "Comparison":
         """Read what `save` wrote. Raises ValueError for a file of other fields."""
-        stored = json.loads(Path(path).read_text())
+        stored = read_json(Path(path), "compare again")
         if set(stored) != {field.name for field in fields(cls)}:
             raise ValueError(f"{path} is no comparison: it has the fields {', '.join(sorted(stored))}")
         return cls(**stored | {"lines": tuple(Line(**line) for line in stored["lines"])})

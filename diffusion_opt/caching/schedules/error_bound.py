@@ -14,7 +14,6 @@ running maximum is what makes the theorem hold although a schedule with fewer st
 costs nothing else. With alpha = 0.1 the +1 needs n >= 9. A new kind of prompt, or another model, voids the bound.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from diffusion_opt.caching.schedules.schedule import ScheduleRule
 from diffusion_opt.caching.schedules.search import Mask
 from diffusion_opt.caching.step.predictors import PredictorName
 from diffusion_opt.caching.step.technique import StepCacheTechnique
+from diffusion_opt.datasets.writing import write_json
 
 ErrorMeasure = Callable[[Float[Tensor, "b *s"], Float[Tensor, "b *s"]], Float[Tensor, " b"]]
 
@@ -100,7 +100,7 @@ class ErrorBound:
         return self.masks[choose(torch.tensor(self.errors), max_rel_error, confidence)]
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self)) + "\n")
+        write_json(Path(path), asdict(self), indent=None)
 
     @classmethod
     def load(cls, name: str | Path) -> "ErrorBound":

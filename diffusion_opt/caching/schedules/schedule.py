@@ -10,7 +10,6 @@ known before a run: it computes `num_computed` of the steps for every prompt, in
 of that what cache-dit wants.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from diffusion_opt.caching.schedules.recording import GenerationTask
 from diffusion_opt.caching.schedules.search import Mask, SearchSettings, schedule_error, search_mask
 from diffusion_opt.caching.step.predictors import PredictorName
 from diffusion_opt.caching.step.technique import StepCacheTechnique
+from diffusion_opt.datasets.writing import write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class CacheSchedule:
         )
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self)) + "\n")
+        write_json(Path(path), asdict(self), indent=None)
 
     @classmethod
     def load(cls, name: str | Path) -> "CacheSchedule":

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from diffusion_opt.datasets.writing import write_text
 from diffusion_opt.kernels.gate.aot import Compiled, Failure, Job, compile_all
 from diffusion_opt.kernels.gate.case import CompileCase
 from diffusion_opt.kernels.gate.roofline import matrix_work, programs_per_multiprocessor, roofline
@@ -174,4 +175,4 @@ def save(rows: dict[Job, Row], path: Path = REPORT) -> None:
         kernels.setdefault(kernel, []).append(f"   {json.dumps(f'sm_{arch}')}: {json.dumps(row)}")
     blocks = [f"  {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n  }" for kernel, lines in kernels.items()]
     head = f'{{\n "made by": "{REFRESH}",\n "triton": "{metadata.version("triton")}",\n "kernels": {{\n'
-    path.write_text(head + ",\n".join(blocks) + "\n }\n}\n", encoding="utf-8")
+    write_text(path, head + ",\n".join(blocks) + "\n }\n}\n")

@@ -18,7 +18,6 @@ time; this is the error itself.
 """
 
 import copy
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -29,6 +28,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffusion_opt.datasets.writing import read_json, write_json
 from diffusion_opt.models.block_stack import block_stack
 from diffusion_opt.models.fingerprint import fingerprint
 from diffusion_opt.quantization.formats import Format, format_named
@@ -116,12 +116,12 @@ class SensitivityTable:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_json(path, asdict(self), indent=1)
 
     @classmethod
     def load(cls, path: Path) -> "SensitivityTable":
         """Read what `save` wrote. Raises ValueError for anything else."""
-        stored = json.loads(path.read_text())
+        stored = read_json(path, "measure the table again")
         for owner, entry in ((cls, stored), *((LayerSensitivity, layer) for layer in stored.get("layers", ()))):
             names = {field.name for field in fields(owner)}
             if set(entry) != names:

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import torch
 from diffusers import BFLQuantizationConfig, DiffusionPipeline, ModelMixin
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion_opt.datasets import write_sums
+from diffusion_opt.datasets.writing import write_tensors
 from diffusion_opt.kernels.quantizers.formats import NVFP4_MAX
 from diffusion_opt.models.zoo import forget_origin
 from diffusion_opt.quantization.formats import FORMATS, Numbers
@@ -57,7 +57,7 @@ def export_bfl(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     forget_origin(folder)
     kinds = {layer.format.weight.bits for layer in layers.values()}
     file = folder / f"{'nvfp4' if kinds == {4} else 'fp8' if kinds == {8} else 'mixed'}.safetensors"
-    save_file(tensors, file)
+    write_tensors(file, tensors)
     write_sums(folder)
     return file
 

@@ -29,11 +29,12 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffusion_opt import models
 from diffusion_opt.datasets import CorruptFileError, verify, write_sums
+from diffusion_opt.datasets.writing import write_json, write_tensors
 from diffusion_opt.models.fingerprint import fingerprint
 from diffusion_opt.models.opening import AUTO, Dtype, as_dtype, place, settled, stored_dtype
 from diffusion_opt.models.zoo import QUANTIZED, forget_origin, locate, open_pipeline
@@ -68,14 +69,14 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> None:
     transformer.save_config(folder / "transformer")
     pipe.save_config(folder)
     forget_origin(folder)
-    save_file(_stored(transformer, layers), folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, _stored(transformer, layers))
     record = {
         "version": VERSION,
         "model": fingerprint(transformer),
         "attention": None if (attention := attention_of(transformer)) is None else asdict(attention),
         "layers": {name: _describe(layer) for name, layer in layers.items()},
     }
-    (folder / QUANTIZED).write_text(json.dumps(record, indent=2) + "\n")
+    write_json(folder / QUANTIZED, record)
     write_sums(folder)
 
 

@@ -15,7 +15,6 @@ calibration does.
 
 import contextlib
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from diffusion_opt.datasets.writing import read_json, write_json
 from diffusion_opt.models.block_stack import BlockStack, block_stack
 from diffusion_opt.quantization.policy import choose
 from diffusion_opt.quantization.simulation.calibration import class_prompts, run_trajectories
@@ -62,12 +62,12 @@ class RangeRecord:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps(asdict(self)))
+        write_json(path, asdict(self), indent=None)
 
     @classmethod
     def load(cls, path: Path) -> "RangeRecord":
         """Read what `save` wrote."""
-        stored = json.loads(path.read_text())
+        stored = read_json(path, "record the ranges again")
         layers = {
             name: LayerRanges(
                 *(tuple(layer[key]) for key in ("times", "smallest", "largest")),
