@@ -1,5 +1,6 @@
 """`diffusion-opt train` and `diffusion-opt distill`: make the teacher and its students."""
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,6 +18,7 @@ def train(
     minutes: float | None = None,
     steps: int | None = None,
     seed: int = 0,
+    checkpoint_seconds: float = 60.0,
     out: Path | None = None,
     threads: int | None = None,
     device: Device = "auto",
@@ -24,7 +26,7 @@ def train(
     """Train a teacher from scratch by flow matching; run it again to resume.
 
     Without a budget it uses the one that made the shipped model. A budget in steps is repeatable to the bit, one in
-    minutes follows the clock. Ctrl-C saves and stops.
+    minutes follows the clock. Ctrl-C saves and stops, with exit status 130.
 
     Args:
         what: the teacher; students are made by `diffusion-opt distill`.
@@ -32,6 +34,7 @@ def train(
         minutes: training time in all.
         steps: optimizer steps in all.
         seed: of weights, batches and noise.
+        checkpoint_seconds: time between two checkpoints; 0: after each step.
         out: working folder; default runs/teacher-<model>.
         threads: CPU threads of torch; default: torch's own choice.
         device: where to train; auto takes the GPU if there is one.
@@ -42,7 +45,7 @@ def train(
     from diffusion_opt.distillation.make import TEACHERS, make_teacher
     from diffusion_opt.training import process_group
 
-    config = replace(TEACHERS[model], seed=seed)
+    config = replace(TEACHERS[model], seed=seed, checkpoint_seconds=checkpoint_seconds)
     if minutes is not None or steps is not None:
         config = replace(config, minutes=minutes, steps=steps)
     out = out or RUNS / f"teacher-{model}"
@@ -51,6 +54,7 @@ def train(
         _, result = make_teacher(model, config, out, device)
         if among.is_main:
             _say(result, out)
+    _end(result.exit_status)
 
 
 def distill(
@@ -72,6 +76,7 @@ def distill(
     classes: tuple[str, ...] = (),
     lora: int | None = None,
     seed: int = 0,
+    checkpoint_seconds: float = 60.0,
     out: Path | None = None,
     threads: int | None = None,
     device: Device = "auto",
@@ -122,6 +127,7 @@ def distill(
         classes: use images of these classes only.
         lora: train adapters of this rank only and fold them in at the end.
         seed: of trajectories and batches.
+        checkpoint_seconds: time between two checkpoints; 0: after each step.
         out: working folder; default runs/<teacher>-<steps>step-<method>, see the last line of the output.
         threads: CPU threads of torch; default: torch's own choice.
         device: where to train; auto takes the GPU if there is one.
@@ -144,6 +150,7 @@ def distill(
         number = PAIRS.num_pairs if pairs is None else pairs
         plan = replace(plan, pairs=replace(plan.pair_config, seed=seed, num_pairs=number))
     config = replace(chosen.presets[steps], seed=seed, clock=clock, precision=precision)
+    config = replace(config, checkpoint_seconds=checkpoint_seconds)
     if minutes is not None or updates is not None:
         config = replace(config, minutes=minutes, steps=updates)
     given = {"batch_size": batch_size, "learning_rate": learning_rate}
@@ -156,6 +163,13 @@ def distill(
             _, result = make_student(plan, config, out, pairs_folder(plan, RUNS), device)
         if among.is_main:
             print("stopped; run the same command to go on") if not ready else _say(result, out)
+    _end(result.exit_status if ready else 128 + signal.SIGINT)
+
+
+def _end(status: int) -> None:
+    """Tell the shell that a run is not finished, so that `distill … && next` does not go on with it."""
+    if status:
+        raise SystemExit(status)
 
 
 def _say(result: "TrainResult", out: Path) -> None:

@@ -1,9 +1,10 @@
 """What a run writes, and how it comes back: safetensors and JSON, one process or many, no pickles.
 
-    checkpoint/state.json                          step, seconds, updates of the average, the configuration
+    checkpoint/state.json                          step, seconds, updates of the average, settings, SHA-256 of all files
     checkpoint/ema.safetensors                     the averaged weights of the first role
     checkpoint/<role>.safetensors                  the weights of each role
     checkpoint/<role>-optimizer.safetensors        AdamW's moments, "<number of the parameter>.<moment>"
+    checkpoint/<name>.safetensors                  what the method keeps beside its roles (`Distiller.kept`)
 
 With a sharded role each process writes its own slices, through torch's distributed checkpoint (DCP) with its Hugging
 Face writer: `checkpoint/shards/*.safetensors`, where the header of each file says which slice it holds. (DCP's default
@@ -11,28 +12,37 @@ writer pickles its metadata; this one does not.) All tensors are in there under 
 any number of processes, sharded or not.
 
 A role's frozen parameters are not saved: they are as they were, like a teacher. Checkpoints are written beside the old
-one and then swapped in, so a crash while saving loses nothing. Processes must see the same folder.
+one, flushed to the disk, and then swapped in. `state.json` comes last, so a folder that has it is complete, and a crash
+or a full disk while saving loses nothing. What is read back is what was written: `state.json` holds the SHA-256 of each
+file and of its own content, and a byte that changed is an error. Processes must see the same folder.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from diffusion_opt.datasets.integrity import sha256
+from diffusion_opt.datasets.writing import CorruptFileError, flush, read_json, write_json, write_tensors
 from diffusion_opt.training.config import SAME_TO_RESUME, TrainConfig
 from diffusion_opt.training.distributed import Processes, is_sharded
+from diffusion_opt.training.settings import first_difference
 
 CHECKPOINT = "checkpoint"
+STATE = "state.json"
 SHARDS = "shards"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -45,6 +55,7 @@ class TrainState:
     optimizers: dict[str, torch.optim.Optimizer]
     ema: nn.Module  # average of the first network
     micro_batches: int
+    kept: dict[str, nn.Module] = field(default_factory=dict)  # what the method keeps beside its networks
     step: int = 0
     seconds: float = 0.0
     ema_updates: int = 0
@@ -57,7 +68,7 @@ class TrainState:
             parameters = self.optimizers[name].param_groups[0]["params"]
             states = ((index, self.optimizers[name].state.get(p, {})) for index, p in enumerate(parameters))
             files[f"{name}-optimizer"] = {f"{i}.{part}": value for i, state in states for part, value in state.items()}
-        return files
+        return files | {name: dict(module.state_dict()) for name, module in self.kept.items()}
 
 
 def _trained(network: nn.Module) -> dict[str, Tensor]:
@@ -68,55 +79,107 @@ def _trained(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
 
 
-def save(state: TrainState, config: TrainConfig, out: Path, processes: Processes) -> None:
-    """Write a checkpoint beside the last one, then put it in its place; all processes call it together."""
+def save(state: TrainState, config: TrainConfig, out: Path, processes: Processes, told: dict[str, Any]) -> None:
+    """Write a checkpoint beside the last one, then put it in its place; all processes call it together.
+
+    `told` is what the trainer adds to `state.json`. Raises OSError if the disk is full; the last checkpoint stays.
+    """
     final, fresh, old = (out / f"{CHECKPOINT}{end}" for end in ("", ".new", ".old"))
     if processes.is_main:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if final.is_dir():  # else the last checkpoint is `old`
+            shutil.rmtree(old, ignore_errors=True)
         fresh.mkdir(parents=True)
     processes.wait()
     files = state.tensors()
     if any(is_sharded(network) for network in state.networks.values()):
-        writer = dcp.HuggingFaceStorageWriter(str(fresh / SHARDS), save_distributed=True)
-        dcp.save(_flat(files), storage_writer=writer)
+        _write_shards(files, fresh / SHARDS)
     elif processes.is_main:
         for stem, tensors in files.items():
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh / f"{stem}.safetensors")
+            write_tensors(fresh / f"{stem}.safetensors", tensors)
     processes.wait()
     if processes.is_main:
         numbers = {name: getattr(state, name) for name in ("step", "seconds", "ema_updates", "micro_batches")}
-        (fresh / "state.json").write_text(json.dumps(numbers | {"config": asdict(config)}, indent=2))
+        sums = {path.relative_to(fresh).as_posix(): sha256(path) for path in sorted(fresh.rglob("*.safetensors"))}
+        numbers |= told | {"config": asdict(config), "files": sums}
+        write_json(fresh / STATE, numbers | {"digest": _digest(numbers)})
         if final.is_dir():
             os.replace(final, old)
         os.replace(fresh, final)
+        flush(out)
         shutil.rmtree(old, ignore_errors=True)
     processes.wait()
 
 
+def _write_shards(files: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        dcp.save(_flat(files), storage_writer=writer)
+    except CheckpointException as error:  # no `Exception`: nobody above would see what happened
+        raise OSError(f"could not write {folder}: {error}") from error
+    for path in folder.iterdir():
+        flush(path)
+
+
+def _digest(numbers: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+
 def find(out: Path, processes: Processes) -> Path | None:
     """The folder of the last checkpoint, None if there is none; repairs a swap that was interrupted."""
-    folder, fresh = out / CHECKPOINT, out / f"{CHECKPOINT}.new"
-    if processes.is_main and not folder.is_dir() and (fresh / "state.json").is_file():
-        os.replace(fresh, folder)  # stopped between the two moves of `save`
+    folder = out / CHECKPOINT
+    if processes.is_main and not folder.is_dir():
+        for end in (".new", ".old"):  # stopped between the moves of `save`
+            if (out / f"{CHECKPOINT}{end}" / STATE).is_file():
+                os.replace(out / f"{CHECKPOINT}{end}", folder)
+                break
     processes.wait()
     return folder if folder.is_dir() else None
 
 
-def read_numbers(folder: Path, config: TrainConfig) -> dict:
-    """`state.json` of a checkpoint. Raises ValueError if its settings would make this another run."""
-    numbers = json.loads((folder / "state.json").read_text())
-    before = {field.name: field.default for field in fields(config)} | numbers["config"]
+def read_numbers(
+    folder: Path, config: TrainConfig, settings: Mapping[str, Any], processes: Processes
+) -> dict[str, Any]:
+    """`state.json` of a checkpoint; the first process checks all files. `settings`: the method's, see `settings_of`.
+
+    Raises CorruptFileError for a file that is missing or damaged, ValueError if the settings make this another run.
+    """
+    numbers = read_json(folder / STATE, _remedy(folder))
+    if processes.is_main:
+        _check_files(folder, numbers)
+    before = {part.name: part.default for part in fields(config)} | numbers["config"]
     now = json.loads(json.dumps(asdict(config)))  # as JSON keeps it: tuples are lists
     now["accumulate"] = now["accumulate"] or numbers.get("micro_batches", 1)
     before["accumulate"] = numbers.get("micro_batches", 1)
-    for name in (*SAME_TO_RESUME, "accumulate"):
-        if before[name] != now[name]:
-            raise ValueError(
-                f"{folder} was trained with {name}={before[name]}, now {now[name]}; "
-                "use the same settings to resume, or another output folder to start anew"
-            )
+    names = (*SAME_TO_RESUME, "accumulate")
+    different = first_difference({name: before[name] for name in names}, {name: now[name] for name in names})
+    different = different or first_difference(numbers.get("method", settings), settings)
+    if different is not None:
+        name, then, today = different
+        raise ValueError(
+            f"{folder} was trained with {name}={then}, now {today}; "
+            "use the same settings to resume, or another output folder to start anew"
+        )
     return numbers
+
+
+def _remedy(folder: Path) -> str:
+    return f"restore it from a copy, or delete {folder} to start anew"
+
+
+def _check_files(folder: Path, numbers: dict[str, Any]) -> None:
+    """Compare the SHA-256 of each file with `state.json`, and that of its own content; older ones have none."""
+    if "digest" not in numbers:
+        return
+    if _digest({name: value for name, value in numbers.items() if name != "digest"}) != numbers["digest"]:
+        raise CorruptFileError(f"{folder / STATE} is damaged: its content has changed; {_remedy(folder)}")
+    for name, expected in numbers["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptFileError(f"{path} is missing; {_remedy(folder)}")
+        if sha256(path) != expected:
+            size = path.stat().st_size
+            raise CorruptFileError(f"{path} is damaged: its SHA-256 has changed ({size:,} bytes); {_remedy(folder)}")
 
 
 def load(state: TrainState, folder: Path, numbers: dict) -> None:
@@ -131,7 +194,7 @@ def load(state: TrainState, folder: Path, numbers: dict) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
             dcp.load(_flat(state.tensors()), storage_reader=reader, no_dist=not dist.is_initialized())
     else:
-        stems = ("ema", *state.networks, *(f"{name}-optimizer" for name in state.networks))
+        stems = ("ema", *state.networks, *(f"{name}-optimizer" for name in state.networks), *state.kept)
         files = {stem: load_file(folder / f"{stem}.safetensors") for stem in stems}
         _make_moments(state, _flat(files).keys())
         with torch.no_grad():

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 
 SAME_TO_RESUME = (
-    "batch_size", "learning_rate", "warmup_steps", "betas", "clip_norm", "ema_decay", "seed", "clock", "precision",
+    "batch_size", "learning_rate", "warmup_steps", "decay_fraction", "betas", "clip_norm", "ema_decay", "seed", "clock",
+    "precision",
 )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class TrainConfig:
     ema_decay: float = 0.999
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights and sums stay in float32
     seed: int = 0
-    checkpoint_seconds: float = 60.0
+    checkpoint_seconds: float = 60.0  # wall time between two checkpoints; 0: after each step
     log_every: int = 50  # steps
 
     def __post_init__(self) -> None:
@@ -50,6 +51,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.checkpoint_seconds < 0:
+            raise ValueError(f"checkpoint_seconds must be 0 or more, got {self.checkpoint_seconds}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.clock not in ("wall", "process"):

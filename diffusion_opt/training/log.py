@@ -2,31 +2,57 @@
 
 Values are averaged between two rows. In a run with several networks a value appears only on the steps that train its
 network; it is averaged over those. With several processes the values are those of all of them, and one writes.
+
+`metrics.jsonl` is valid JSON, line by line, and tells one story: a run that is resumed first drops a line that a kill
+cut off, and the rows of steps that the checkpoint does not know, which come again. What was averaged since the last
+row is in the checkpoint, so the rows of a resumed run are those of an uninterrupted one. A value that is not finite is
+`null` there, since JSON has no word for it, and a warning says at which step it appeared.
 """
 
 import json
+import math
 import time
+import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm.auto import tqdm
 
+from diffusion_opt.datasets.writing import write_text
+
+METRICS = "metrics.jsonl"
+
 
 class TrainingLog:
-    """Collects the values of each step and writes a row every `every` steps; use it as a context manager."""
+    """Collects the values of each step and writes a row every `every` steps; use it as a context manager.
 
-    def __init__(self, out: Path, step: int, every: int, progress: bool, writes: bool = True) -> None:
-        self.out, self.every, self.progress, self.writes = out, every, progress, writes
+    `pending` is what `state()` gave when the checkpoint of `step` was made.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        step: int,
+        every: int,
+        progress: bool,
+        writes: bool = True,
+        pending: dict[str, list[float | None]] | None = None,
+    ) -> None:
+        self.out, self.every, self.progress, self.writes, self.step = out, every, progress, writes, step
         self.history: list[dict] = []
+        self._warned: set[str] = set()
         self._start(step)
+        for name, values in (pending or {}).items():
+            self._values[name] = [math.nan if value is None else value for value in values]
 
     def __enter__(self) -> Self:
         if self.writes:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(self.out / "tensorboard")
-            self._file = (self.out / "metrics.jsonl").open("a")
+            keep_rows(self.out / METRICS, self.step)
+            self._writer = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
+            self._file = (self.out / METRICS).open("a", encoding="utf-8")
         form = "{desc} {percentage:3.0f}% |{bar}| {postfix}"
         self._bar = tqdm(total=1000, desc=self.out.name, bar_format=form, disable=not self.progress)
         return self
@@ -41,10 +67,19 @@ class TrainingLog:
         self._values: dict[str, list[float]] = {}
         self._since_step, self._since = step, time.perf_counter()
 
+    def state(self) -> dict[str, list[float | None]]:
+        """The values since the last row, as JSON can keep them: for the checkpoint."""
+        return {name: [_json(value) for value in values] for name, values in self._values.items()}
+
     def add(self, step: int, seconds: float, used: float, batch_size: int, values: dict[str, float]) -> None:
         """Take the values of the step that brought the run to `step`; `used` is the share of the budget by now."""
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
+            if not math.isfinite(value) and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"{name} is {value} at step {step}; the loss is finite and training goes on", stacklevel=2
+                )
         self._bar.update(int(1000 * used) - self._bar.n)
         if step % self.every:
             return
@@ -54,7 +89,7 @@ class TrainingLog:
         row["images_per_second"] = images / (time.perf_counter() - self._since)
         self.history.append(row)
         if self.writes:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps({name: _json(value) for name, value in row.items()}, allow_nan=False) + "\n")
             self._file.flush()
             for name, value in row.items():
                 self._writer.add_scalar(name, value, step)
@@ -62,3 +97,25 @@ class TrainingLog:
         losses = ", ".join(f"{name} {row[name]:.4f}" for name in row if name.endswith("loss"))
         self._bar.set_postfix_str(f"step {step}, {losses}, {row['images_per_second']:.0f} img/s, {left:.1f} min left")
         self._start(step)
+
+
+def keep_rows(path: Path, step: int) -> None:
+    """Keep the whole rows up to a step; nothing is written if there are no others."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(line for line in text.splitlines(keepends=True) if _is_row_until(line, step))
+    if kept != text:
+        write_text(path, kept)
+
+
+def _is_row_until(line: str, step: int) -> bool:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return line.endswith("\n") and isinstance(row, dict) and row.get("step", math.inf) <= step
+
+
+def _json(value: float) -> float | None:
+    return value if math.isfinite(value) else None

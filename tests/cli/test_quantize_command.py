@@ -8,7 +8,8 @@ import pytest
 import torch
 from small_pipelines import small_pipeline
 
-from diffusion_opt.cli import COMMANDS, main
+from diffusion_opt.cli import main
+from diffusion_opt.cli.commands import COMMANDS
 from diffusion_opt.cli.quantize import REAL, UNSEEN, FormatName, quantize
 from diffusion_opt.models import TinyFlux2Config
 from diffusion_opt.quantization import FORMATS

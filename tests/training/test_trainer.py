@@ -129,9 +129,10 @@ def test_a_crash_while_the_checkpoint_is_swapped_loses_nothing(tmp_path, monkeyp
     done = []
 
     def replace(source, target) -> None:
-        if len(done) == moves:
-            raise Crash
-        done.append(target)
+        if os.path.isdir(source):  # a checkpoint, not one of its files
+            if len(done) == moves:
+                raise Crash
+            done.append(target)
         os.rename(source, target)
 
     with monkeypatch.context() as patch:
@@ -170,7 +171,7 @@ def test_checkpoints_are_also_made_on_the_way(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("batch_size", 16), ("learning_rate", 0.1), ("seed", 1), ("ema_decay", 0.5), ("betas", (0.5, 0.9)),
-     ("clip_norm", 2.0), ("warmup_steps", 3)],
+     ("clip_norm", 2.0), ("warmup_steps", 3), ("decay_fraction", 0.5)],
 )  # fmt: skip
 def test_other_settings_do_not_resume(tmp_path, name, value):
     run(tmp_path, Regression(interrupt_at(1)))
@@ -184,7 +185,9 @@ def test_a_finished_run_does_nothing_more_and_a_larger_budget_goes_on(tmp_path):
     idle = Regression()
     assert run(tmp_path, idle).finished and idle.calls == 0 and same(weights(tmp_path), before)
     more = Regression()
-    assert run(tmp_path, more, steps=9).step == 9 and more.calls == 3
+    with pytest.warns(UserWarning, match="goes on with a budget of 9 steps after one of 6 steps: learning"):
+        assert run(tmp_path, more, steps=9).step == 9
+    assert more.calls == 3
 
 
 def test_minutes_are_a_budget_that_counts_all_sessions(tmp_path, monkeypatch):
@@ -253,14 +256,6 @@ def test_gradients_are_clipped_and_their_norm_before_is_logged(tmp_path):
     moments = load_file(tmp_path / "checkpoint" / "model-optimizer.safetensors")
     first = torch.cat([v.flatten() for k, v in moments.items() if k.endswith("exp_avg")])
     assert 0 < first.norm() <= 1.0
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path, bad):
-    distiller = Regression(lambda step, loss: loss * bad if step == 3 else None)
-    with pytest.raises(FloatingPointError, match=r"not finite at step 3 \(loss (nan|inf)\); lower the learning rate"):
-        run(tmp_path, distiller)
-    assert all(p.isfinite().all() for p in distiller.model.parameters())
 
 
 def test_metrics_are_means_since_the_last_line_and_lines_accumulate(tmp_path):
@@ -345,14 +340,19 @@ def test_micro_batches_of_a_step_are_different(tmp_path):
 def test_an_alarm_ends_the_run_with_its_reason_and_the_weights_are_kept(tmp_path):
     class Alarmed(Regression):
         def alarm(self, step: int, values: dict[str, float]) -> str | None:
-            assert values.keys() >= {"loss", "absolute", "gradient_norm"}
-            return "the loss did not fall" if step == 3 else None
+            assert values.keys() >= {"loss", "absolute", "gradient_norm"} or not values
+            return "the loss did not fall" if step == limit else None
 
+    limit = 3
     result = run(tmp_path, Alarmed())
     assert (result.step, result.finished, result.alarm) == (3, False, "the loss did not fall")
+    assert result.exit_status == 3
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 3
-    calm = run(tmp_path)
-    assert calm.finished and calm.alarm is None
+    again = Alarmed()
+    assert run(tmp_path, again).alarm == "the loss did not fall" and again.calls == 0  # it makes no more steps
+    limit = 100
+    calm = run(tmp_path, Alarmed())
+    assert calm.finished and calm.alarm is None and calm.exit_status == 0
 
 
 def test_a_method_that_asks_is_told_the_share_of_the_budget_that_is_used(tmp_path):
@@ -377,6 +377,8 @@ def test_a_checkpoint_from_before_there_were_clocks_and_micro_batches_resumes(tm
     path = tmp_path / "parts" / "checkpoint" / "state.json"
     state = json.loads(path.read_text())
     del state["micro_batches"], state["config"]["clock"], state["config"]["accumulate"]
+    for later in ("digest", "files", "method", "notes", "alarm", "log"):
+        del state[later]
     path.write_text(json.dumps(state))
     second = run(tmp_path / "parts", Regression(seed=5))
     assert same(second.ema.state_dict(), whole.ema.state_dict())

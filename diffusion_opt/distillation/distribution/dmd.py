@@ -37,6 +37,7 @@ from diffusion_opt.distillation.distribution.f_divergence import DIVERGENCES, di
 from diffusion_opt.distillation.distribution.rollout import Noised, StudentRollout
 from diffusion_opt.flow import ClassCondition, VelocityModel, clean_from_velocity, expand_time, velocity_target
 from diffusion_opt.training import Role
+from diffusion_opt.training.settings import FREE
 
 
 def dmd_gradient(
@@ -88,8 +89,8 @@ class DistributionMatching(StudentRollout):
     gan: GanSettings = field(default_factory=GanSettings)
     divergence: str = "reverse_kl"  # a key of DIVERGENCES; others than reverse_kl need the head
     reference: Float[Tensor, "n *s"] | None = None  # pictures of the teacher (or real ones) for the alarms
-    alarms: Alarms = field(default_factory=Alarms)
-    _seen: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # by `alarm`, averaged
+    alarms: Alarms = field(default_factory=Alarms, metadata=FREE)
+    notes: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # what `alarm` saw, averaged
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,5 +150,5 @@ class DistributionMatching(StudentRollout):
 
     def alarm(self, step: int, values: dict[str, float]) -> str | None:
         """Why the run should stop, from the values of each step, averaged over the last ones; None if all is well."""
-        self._seen = smoothed(self._seen, values)
-        return self.alarms.check(step, self._seen)
+        self.notes = smoothed(self.notes, values)
+        return self.alarms.check(step, self.notes)
