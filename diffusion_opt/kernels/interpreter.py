@@ -11,7 +11,9 @@ billion. A kernel that is right on a GPU would fail its test, and worse, one who
                  for e5m2) as `cvt.rn.satfinite` does, where torch's own cast gives NaN or infinity
     arithmetic   on these types in float32, rounded once at the end; so are reductions and scans
     dot          operands widened to float32, which is exact; sums in the accumulator's type
-    speed        Triton patches its language anew at every call of `tl.sum` or `tl.max`, here once for each block; and
+    NaN          `maximum` and `minimum` return the other number, as `max.f32` does, unless NaN is asked for by name
+    speed        reductions by the maximum that keeps NaN go through numpy and not element by element; Triton patches
+                 its language anew at every call of `tl.sum` or `tl.max`, here once for each block; and
                  it computes each integer twice to catch overflows, as compiled kernels do in debug mode only
 
 Everything is restored at the end of the block. A test asserts that the unrepaired interpreter is still wrong; the day
@@ -32,11 +34,14 @@ from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import (
     InterpretedFunction,
     InterpreterBuilder,
+    ReduceOps,
     ReduceScanOpInterface,
     TensorHandle,
     interpreter_builder,
 )
 from triton.runtime.jit import JITFunction
+
+from diffusion_opt.kernels.quantizers.rounding import at_least
 
 TORCH_TYPES = {
     "fp8e4nv": torch.float8_e4m3fn,
@@ -145,6 +150,28 @@ def repaired_reduction(original: Callable) -> Callable:
     return apply
 
 
+def by_numpy(function: Callable) -> Callable:
+    """An operation of two numbers that numpy has."""
+
+    def repaired(_: Callable) -> Callable:
+        return lambda self, left, right: self.binary_op(left, right, function)
+
+    return repaired
+
+
+def repaired_maximum(original: Callable) -> Callable:
+    """The reduction by `rounding.at_least` is numpy's maximum, which keeps NaN; that by `tl.max` passes NaN over."""
+
+    def apply_impl(self: ReduceOps, operands: tuple) -> Any:
+        if self.combine_fn is at_least:
+            return self.min_max(operands[0], val_reduce_op=np.max)
+        if self.combine_fn is tl.standard._elementwise_max:  # numpy's nanmax warns where there is nothing but NaN
+            return self.min_max(operands[0], val_reduce_op=np.fmax.reduce)
+        return original(self, operands)
+
+    return apply_impl
+
+
 REPAIRS = (
     (triton_interpreter, "_convert_float", repaired_cast),
     (InterpreterBuilder, "cast_impl", repaired_conversion),
@@ -154,6 +181,9 @@ REPAIRS = (
     (InterpreterBuilder, "create_fma", repaired_arithmetic),
     (InterpreterBuilder, "create_dot", repaired_dot),
     (ReduceScanOpInterface, "apply", repaired_reduction),
+    (InterpreterBuilder, "create_maxnumf", by_numpy(np.fmax)),
+    (InterpreterBuilder, "create_minnumf", by_numpy(np.fmin)),
+    (ReduceOps, "apply_impl", repaired_maximum),
 )
 
 

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.arguments import Mask
+from diffusion_opt.kernels.attention.arguments import Mask, checked_scale
 from diffusion_opt.kernels.attention.dense.operator import KERNEL_TYPES, dense_attention
 from diffusion_opt.kernels.attention.dense.oracle import fast_attention
 from diffusion_opt.kernels.attention.eight_bit.fp8 import fp8_attention
@@ -130,6 +130,7 @@ def choose(
     """The decision behind `attention` and `explain`. Raises ValueError where no kernel serves the arguments."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+    checked_scale(q, k, v, mask, scale)  # before any kernel is looked for: also for those that run without its checks
     if sparsity is not None:
         return _sparse(q, k, v, mask, precision, sparsity, scale)
     if precision == "dense":

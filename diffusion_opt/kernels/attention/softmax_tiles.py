@@ -4,7 +4,8 @@ Triton functions that kernels call. With the key tiles of a list instead of a ra
 `dense/forward.py`: for each query the largest score so far (`peak`, base 2), the sum of weights (`norm`) and the sum of
 weighted values (`total`), in float32. Two things differ. A tile can have fewer real keys than places, because it is a
 tile of tokens at the border of a grid; `num_keys` says how many. And a tile can have none at all, before any other has
-been seen, so that the peak is still -inf; weights are then exp(-inf - 0) = 0 and not NaN.
+been seen, so that the peak is still -inf; weights are then exp(-inf - 0) = 0 and not NaN. Places without a key are
+never read: a weight of 0 times a NaN in such a place would be NaN.
 
 `fitted` makes a choice of the launch table serve masks with smaller blocks.
 """

@@ -19,7 +19,7 @@ from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.gate.case import CompileCase, sampled
 from diffusion_opt.kernels.gemm.oracle import TOPS
 from diffusion_opt.kernels.launch import GEMM_FP8, GEMM_INT8, LaunchConfig
-from diffusion_opt.kernels.quantizers.rounding import nonzero, round_int8
+from diffusion_opt.kernels.quantizers.rounding import largest, nonzero, round_int8
 
 GROUP = 8  # rows of tiles that share columns of the weight in the cache
 BLOCK_K = 128  # features of a step
@@ -31,7 +31,7 @@ def quantize_rows_kernel(X, VALUES, SCALES, columns, stride, TOP: tl.constexpr, 
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     x = tl.load(X + row * stride + column, mask=column < columns, other=0.0).to(tl.float32)
-    scale = nonzero(tl.div_rn(tl.max(tl.abs(x), 0), TOP))
+    scale = nonzero(tl.div_rn(largest(tl.abs(x), 0), TOP))
     scaled = tl.div_rn(x, scale)
     kind = VALUES.dtype.element_ty
     values = round_int8(scaled) if kind == tl.int8 else scaled.to(kind)

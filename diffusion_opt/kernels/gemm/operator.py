@@ -38,6 +38,13 @@ class QuantizedRows:
     values: Shaped[Tensor, "*b rows k"]  # int8 or float8_e4m3fn
     scales: Float[Tensor, "*b rows"]  # float32
 
+    def __post_init__(self) -> None:
+        if self.scales.shape != self.values.shape[:-1] or self.scales.dtype is not torch.float32:
+            raise ValueError(
+                f"rows {tuple(self.values.shape)} have a float32 scale each, got {tuple(self.scales.shape)} "
+                f"{self.scales.dtype}"
+            )
+
 
 def quantize_rows(x: Float[Tensor, "*b rows k"], to: torch.dtype) -> QuantizedRows:
     """Round to int8 or float8_e4m3fn with the scale of each row, its largest magnitude over 127 or 448.
@@ -70,12 +77,18 @@ def quantized_linear(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if x.values.dtype != weight.values.dtype or x.values.dtype not in TOPS:
         raise ValueError(f"x and weight are both int8 or both e4m3, got {x.values.dtype} and {weight.values.dtype}")
+    if x.values.ndim != 3 or weight.values.ndim != 2:
+        raise ValueError(
+            f"x is (b, l, k) and the weight (n, k), got {tuple(x.values.shape)} and {tuple(weight.values.shape)}"
+        )
     b, length, k = x.values.shape
     n, inputs = weight.values.shape
     if inputs != k:
         raise ValueError(f"x has {k} features, the weight takes {inputs}")
     if activation == "swiglu" and n % 2:
         raise ValueError(f"swiglu halves the outputs, so their number must be even, got {n}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"a bias has a number for each of the {n} outputs, got {tuple(bias.shape)}")
     c = n // 2 if activation == "swiglu" else n
     if gate is not None and gate.shape not in ((b, 1, c), (b, length, c)):
         raise ValueError(f"gate must be ({b}, 1, {c}) or ({b}, {length}, {c}), got {tuple(gate.shape)}")

@@ -34,6 +34,9 @@ from diffusion_opt.kernels.quantizers.rounding import (
     E4M3_MIN,
     NVFP4_BLOCK,
     NVFP4_MAX,
+    at_least,
+    clamped,
+    largest,
     nonzero,
     round_e2m1,
     round_int8,
@@ -63,17 +66,17 @@ def group_scales(sizes, TOP: tl.constexpr, WINDOW: tl.constexpr, GROUPS: tl.cons
     """Scales (windows, groups) from the largest number of each token, and the scale of each token."""
     WINDOWS: tl.constexpr = sizes.shape[0] // WINDOW
     REPEATS: tl.constexpr = WINDOW // (GROUPS * RUN)
-    largest = tl.max(tl.max(tl.reshape(sizes, (WINDOWS, REPEATS, GROUPS, RUN)), 3), 1)
-    scales = nonzero(tl.div_rn(largest, tl.full(largest.shape, TOP, tl.float32)))
+    sizes = largest(largest(tl.reshape(sizes, (WINDOWS, REPEATS, GROUPS, RUN)), 3), 1)
+    scales = nonzero(tl.div_rn(sizes, tl.full(sizes.shape, TOP, tl.float32)))
     by_token = tl.broadcast_to(scales[:, None, :, None], (WINDOWS, REPEATS, GROUPS, RUN))
-    return scales, tl.reshape(by_token, sizes.shape)
+    return scales, tl.reshape(by_token, (WINDOWS * WINDOW,))
 
 
 @triton.jit
 def to_codes(x, by_token, INT8: tl.constexpr):
     """8-bit codes of a tile whose tokens have these scales."""
     z = tl.div_rn(x, tl.broadcast_to(by_token[:, None], x.shape))
-    return round_int8(z) if INT8 else tl.minimum(tl.maximum(z, -E4M3_MAX), E4M3_MAX).to(tl.float8e4nv)
+    return round_int8(z) if INT8 else clamped(z, E4M3_MAX).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -99,7 +102,7 @@ def tokens_kernel(
     x = load_centered(
         X, MEAN + head * HEAD_DIM, start, num_tokens, stride_xl, stride_xd, HEAD_DIM, PADDED_DIM, BLOCK_M, CENTERED
     )
-    scales, by_token = group_scales(tl.max(tl.abs(x), 1), TOP, WINDOW, GROUPS, RUN)
+    scales, by_token = group_scales(largest(tl.abs(x), 1), TOP, WINDOW, GROUPS, RUN)
     store_scales(SCALES + head * num_scales, scales, start, num_scales, WINDOW, GROUPS)
     rows = start + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, PADDED_DIM)
@@ -122,7 +125,7 @@ def channels_kernel(
     dims = tl.arange(0, PADDED_DIM)
     scales = tl.load(SCALES + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=1.0)
     z = tl.div_rn(x, tl.broadcast_to(scales[None, :], x.shape))
-    codes = tl.minimum(tl.maximum(z, -E4M3_MAX), E4M3_MAX).to(tl.float8e4nv)
+    codes = clamped(z, E4M3_MAX).to(tl.float8e4nv)
     place = (head * HEAD_DIM + dims)[None, :] * channel_stride + rows[:, None]
     tl.store(CODES + place, codes, mask=(rows < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :])
 
@@ -141,17 +144,17 @@ def nvfp4_kernel(
     X += head // num_heads * stride_xb + head % num_heads * stride_xh
     MEAN += (head * num_means + tile % num_means) * HEAD_DIM
     x = load_centered(X, MEAN, start, num_tokens, stride_xl, stride_xd, HEAD_DIM, PADDED_DIM, BLOCK_M, CENTERED)
-    largest = tl.max(tl.max(tl.abs(x), 1), 0)
-    unit = nonzero(tl.div_rn(largest, tl.full(largest.shape, NVFP4_MAX, tl.float32)))
+    size = largest(largest(tl.abs(x), 1), 0)
+    unit = nonzero(tl.div_rn(size, tl.full(size.shape, NVFP4_MAX, tl.float32)))
     tl.store(SCALES + head * num_tiles + tile, unit)
     AXIS: tl.constexpr = 1 if ALONG_TOKENS else 2
     if ALONG_TOKENS:
         blocks = tl.reshape(x, (BLOCK_M // NVFP4_BLOCK, NVFP4_BLOCK, PADDED_DIM))
     else:
         blocks = tl.reshape(x, (BLOCK_M, PADDED_DIM // NVFP4_BLOCK, NVFP4_BLOCK))
-    sizes = tl.max(tl.abs(blocks), AXIS)
+    sizes = largest(tl.abs(blocks), AXIS)
     relative = tl.div_rn(sizes, tl.broadcast_to(unit * E2M1_MAX, sizes.shape))
-    scales = tl.expand_dims(round_positive_e4m3(tl.maximum(relative, E4M3_MIN)), AXIS)
+    scales = tl.expand_dims(round_positive_e4m3(at_least(relative, E4M3_MIN)), AXIS)
     codes = round_e2m1(tl.div_rn(blocks, tl.broadcast_to(scales * unit, blocks.shape)))
     values = tl.reshape(codes * scales, (BLOCK_M, PADDED_DIM))
     rows = start + tl.arange(0, BLOCK_M)

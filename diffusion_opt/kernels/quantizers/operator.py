@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.quantizers import oracle as reference
-from diffusion_opt.kernels.quantizers.formats import E4M3_MAX, Nvfp4, nonzero
+from diffusion_opt.kernels.quantizers.formats import E4M3_MAX, NVFP4_BLOCK, Nvfp4, nonzero
 from diffusion_opt.kernels.quantizers.oracle import EightBit, Quantized, ScaleGroups
 
 CODE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -30,14 +30,20 @@ TOKEN_ALIGNMENT = 16  # where tokens are neighbors, each channel starts at a mul
 def quantize_tokens(
     x: Float[Tensor, "b h l d"], to: EightBit, groups: ScaleGroups, mean: Float[Tensor, "b h d"] | None = None
 ) -> Quantized:
-    """8-bit codes of x - mean with a scale for each group of tokens. Raises ValueError for heads above 256."""
+    """8-bit codes of x - mean with a scale for each group of tokens.
+
+    Raises ValueError for another type of code, a mean of another shape, and, where a kernel would run, heads above 256.
+    """
+    if to not in CODE_TYPES:
+        raise ValueError(f"codes are {' or '.join(CODE_TYPES)}, got {to!r}")
+    if mean is not None:
+        check_mean(mean, x, ())
     return Quantized(*tokens_op(x, mean, to, groups.window, groups.groups, groups.run))
 
 
 def quantize_channels(x: Float[Tensor, "b h l d"]) -> Quantized:
     """e4m3 codes with a scale for each channel, over all tokens; tokens are neighbors in memory."""
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=2)  # one pass, where x.abs().amax() would be two
-    scales = nonzero(largest.float() / E4M3_MAX)
+    scales = nonzero(largest_of_channels(x) / E4M3_MAX)
     return Quantized(channels_op(x, scales), scales)
 
 
@@ -49,9 +55,32 @@ def quantize_nvfp4(
 ) -> Nvfp4:
     """NVFP4 of x - mean in tiles of `tile` tokens, blocks of 16 along channels or tokens; values in x's type.
 
-    `mean` has one row for all tokens or one for each tile.
+    `mean` has one row for all tokens or one for each tile. Raises ValueError for a mean of another shape, and for tiles
+    that are no power of two from 16 on.
     """
+    if along not in ("channels", "tokens") or tile < NVFP4_BLOCK or tile & (tile - 1):
+        raise ValueError(f"tiles are a power of two from {NVFP4_BLOCK} on, along channels or tokens: {tile}, {along!r}")
+    if mean is not None:
+        num_tiles = -(-x.shape[2] // tile)
+        check_mean(mean, x, (1 if mean.shape[2] == 1 else num_tiles,))
     return Nvfp4(*nvfp4_op(x, mean, tile, along))
+
+
+def largest_of_channels(x: Float[Tensor, "b h l d"]) -> Float[Tensor, "b h d"]:
+    """The largest magnitude of each channel over the tokens, float32; 0 where there is no token, NaN where one is."""
+    if x.shape[2] == 0:
+        return x.new_zeros((*x.shape[:2], x.shape[3]), dtype=torch.float32)
+    return torch.linalg.vector_norm(x, torch.inf, dim=2).float()  # one pass, where x.abs().amax() would be two
+
+
+def check_mean(mean: Tensor, x: Tensor, rows: tuple[int, ...]) -> None:
+    """Raise ValueError unless a mean has the shape (b, h, *rows, d) and lies beside x: a kernel would read past it."""
+    b, h, _, d = x.shape
+    if mean.shape != (b, h, *rows, d) or mean.device != x.device:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} on {x.device} needs a mean of shape {(b, h, *rows, d)} there, got "
+            f"{tuple(mean.shape)} on {mean.device}"
+        )
 
 
 @torch.library.custom_op("diffusion_opt::quantize_tokens", mutates_args=())

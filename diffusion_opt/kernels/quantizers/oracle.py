@@ -78,8 +78,8 @@ class Quantized(NamedTuple):
 
 
 def smoothing_mean(k: Float[Tensor, "b h l d"]) -> Float[Tensor, "b h d"]:
-    """The mean over tokens that smoothing subtracts from keys, float32."""
-    return k.mean(2, dtype=torch.float32)
+    """The mean over tokens that smoothing subtracts from keys, float32; 0 where there is no token."""
+    return k.sum(2, dtype=torch.float32) if k.shape[2] == 0 else k.mean(2, dtype=torch.float32)
 
 
 def block_means(q: Float[Tensor, "b h l d"]) -> Float[Tensor, "b h blocks d"]:
@@ -103,7 +103,8 @@ def quantize_tokens(
 
 def quantize_channels(x: Float[Tensor, "b h l d"]) -> Quantized:
     """e4m3 codes with a scale for each channel, over all tokens."""
-    scales = nonzero(x.abs().amax(2).float() / E4M3_MAX)
+    largest = x.abs().amax(2).float() if x.shape[2] else x.new_zeros((*x.shape[:2], x.shape[3]), dtype=torch.float32)
+    scales = nonzero(largest / E4M3_MAX)
     return Quantized(channel_codes(x, scales), scales)
 
 

@@ -9,6 +9,11 @@ interpreter has neither. The tools are the bits of a float32 and one constant:
 
 so that a number is rounded to nearest(a / step) * step; products with powers of two are exact. INT8 needs none of it:
 add half, truncate. Triton's own tools are no help: `libdevice.rint` is not there when interpreting.
+
+NaN stays NaN. `tl.max` and `tl.maximum` compile to `max.f32`, which returns the other number: the scale of a group with
+a NaN in it would be that of the rest, and the NaN would become code 0. `largest`, `at_least` and `at_most` compile to
+`max.NaN.f32` and `min.NaN.f32`, so the scale is NaN, and with it all that is computed from the group, as in PyTorch.
+The compile gate looks for these instructions.
 """
 
 import triton
@@ -25,6 +30,30 @@ NO_FRACTIONS = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
+def at_least(x, y):
+    """The larger of two numbers, NaN if one is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_most(x, y):
+    """The smaller of two numbers, NaN if one is."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(x, AXIS: tl.constexpr):
+    """The largest number along an axis, NaN if there is one."""
+    return tl.reduce(x, AXIS, at_least)
+
+
+@triton.jit
+def clamped(x, TOP: tl.constexpr):
+    """x within -TOP … TOP; NaN stays."""
+    return at_most(at_least(x, -TOP), TOP)
+
+
+@triton.jit
 def nearest(y):
     """The nearest integer, ties to even, of a float32 below 2^22 in magnitude."""
     return (y + NO_FRACTIONS) - NO_FRACTIONS
@@ -32,14 +61,14 @@ def nearest(y):
 
 @triton.jit
 def round_int8(z):
-    """The nearest integer, ties away from zero, of z in -127.5 … 127.5 (exclusive), as int8."""
+    """The nearest integer, ties away from zero, of z in -127.5 … 127.5 (exclusive), as int8; of NaN, 0."""
     return (z + tl.where(z < 0, -0.5, 0.5)).to(tl.int8)
 
 
 @triton.jit
 def round_positive_e4m3(a):
     """The nearest e4m3 number of a float32 a >= 0, at most 448, as a float32."""
-    a = tl.minimum(a, E4M3_MAX)
+    a = at_most(a, E4M3_MAX)
     exponent = tl.maximum((a.to(tl.int32, bitcast=True) >> 23) - 127, -6)  # below 2^-6 the steps stay 2^-9
     step = ((exponent + 124) << 23).to(tl.float32, bitcast=True)  # 2^(exponent - 3)
     inverse = ((130 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -49,7 +78,7 @@ def round_positive_e4m3(a):
 @triton.jit
 def round_e2m1(z):
     """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with the sign of z, ties to the even mantissa, as a float32."""
-    size = tl.minimum(tl.abs(z), E2M1_MAX)
+    size = at_most(tl.abs(z), E2M1_MAX)
     step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
     inverse = tl.where(size < 2.0, 2.0, tl.where(size < 4.0, 1.0, 0.5))
     rounded = nearest(size * inverse) * step

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from diffusion_opt.kernels.attention.arguments import Mask, checked_scale
 from diffusion_opt.kernels.attention.eight_bit import fp8_attention, int8_attention
+from diffusion_opt.kernels.attention.eight_bit.operator import half_values
 from diffusion_opt.kernels.attention.eight_bit.oracle import LOG2_E, dequantize_tokens, masked
 from diffusion_opt.kernels.attention.fp4 import fp4_attention
 from diffusion_opt.kernels.quantizers.formats import E4M3_MAX, round_e4m3
@@ -41,7 +42,6 @@ from diffusion_opt.kernels.quantizers.oracle import (
 
 AttentionFormat = Literal["int8", "fp8", "nvfp4"]
 _EIGHT_BIT = {"int8": int8_attention, "fp8": fp8_attention}
-_HALF_MAX = torch.finfo(torch.float16).max
 
 
 def low_precision_attention(
@@ -112,7 +112,8 @@ def _rounded_operands(
     codes = quantize_tokens(k, format, KEY_GROUPS["block"], mean)
     keys = dequantize_tokens(codes, KEY_GROUPS["block"], torch.float32)
     if format == "int8":
-        return queries, keys, v.clamp(-_HALF_MAX, _HALF_MAX).half().float()
+        values = half_values(v)
+        return queries, keys, values.codes.float() * values.scales[:, :, None]
     codes = quantize_channels(v)
     return queries, keys, codes.codes.float() * codes.scales[:, :, None]
 

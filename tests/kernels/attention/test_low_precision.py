@@ -83,8 +83,17 @@ def test_bad_arguments_are_named(precision):
         attend(q, k.half(), v)
 
 
-def test_values_beyond_float16_become_its_largest():
-    assert half_values(torch.tensor([[[[1e6, -1e6, 1.0]]]])).codes.tolist() == [[[[65504.0, -65504.0, 1.0]]]]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_beyond_float16_are_divided_by_a_power_of_two(dtype):
+    v = torch.tensor([[[[2.0**20, -(2.0**17), 65280.0, 1.0]]]]).to(dtype)
+    values = half_values(v)
+    assert values.scales.tolist() == [[[32.0, 4.0, 1.0, 1.0]]]
+    assert torch.equal(values.codes.to(dtype) * values.scales[:, :, None].to(dtype), v)
+    sums = half_values(torch.full((1, 1, 3, 1), 3000.0), sums=True)
+    assert (
+        float(sums.codes.max()) * 128 <= 65504
+        and float((sums.codes.float() * sums.scales[:, :, None])[0, 0, 0]) == 3000
+    )
 
 
 def test_eight_bit_attention_has_no_gradient_and_says_so():

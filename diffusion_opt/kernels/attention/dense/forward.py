@@ -34,6 +34,7 @@ from diffusion_opt.kernels.launch import chosen, launch, padded_head_dim, row_of
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 CLOSED = tl.constexpr(CLOSED_BELOW)
+HALF_MIN = tl.constexpr(torch.finfo(torch.float16).min)
 
 
 @triton.jit
@@ -59,7 +60,8 @@ def masked_scores(scores, MASK, rows, columns, stride_row, stride_column, inside
         result = tl.where(is_open, scores, -float("inf"))
     else:
         bias = tl.load(address, mask=inside, other=-float("inf")).to(tl.float32)
-        result = tl.where(bias < CLOSED, -float("inf"), scores + bias * LOG2_E)
+        LEAST: tl.constexpr = HALF_MIN if MASK.dtype.element_ty == tl.float16 else CLOSED
+        result = tl.where(bias <= LEAST, -float("inf"), scores + bias * LOG2_E)
     return result
 
 

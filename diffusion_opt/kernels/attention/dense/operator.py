@@ -63,8 +63,9 @@ def dense_attention_with_lse(
 def attention_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Output and lse; `mask` is expanded to (b, h, lq, lk)."""
     if runtime.mode(q) == "reference":
-        out, lse = reference.attention(q, k, v, mask, scale)
-        return torch.empty_like(q).copy_(out), lse.to(_lse_type(q)).contiguous()
+        wide = _lse_type(q)
+        out, lse = reference.attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)
+        return torch.empty_like(q).copy_(out), lse.contiguous()
     _check_kernel_can(q)
     from diffusion_opt.kernels.attention.dense.forward import forward  # Triton exists on Linux only
 
@@ -83,8 +84,8 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Contiguous gradients of q, k and v."""
     if runtime.mode(q) == "reference":
-        grads = reference.attention_backward(grad_out, grad_lse, q, k, v, mask, scale)
-        return tuple(grad.contiguous() for grad in grads)
+        wide = [x.to(_lse_type(q)) for x in (grad_out, grad_lse, q, k, v)]
+        return tuple(grad.to(q.dtype).contiguous() for grad in reference.attention_backward(*wide, mask, scale))
     from diffusion_opt.kernels.attention.dense.backward import backward
 
     return backward(grad_out, grad_lse, q, k, v, mask, out, lse, scale)

@@ -79,16 +79,17 @@ def walk_codes(
             number = scale_number(start + keys, WINDOW, GROUPS, RUN)
             products *= tl.load(K_SCALES + number, mask=start + keys < last, other=1.0)[None, :]
             factor = q_scale
-        if KIND == "none":
-            if TAIL:
-                products = tl.where((start + keys < last)[None, :], products, -float("inf"))
+        if KIND == "none" and not TAIL:
             new_peak = tl.maximum(peak, tl.max(products, 1) * factor)  # factor > 0, so the largest stays the largest
             weights = tl.exp2(products * factor[:, None] - (new_peak - HEADROOM)[:, None])
             correction = tl.exp2(peak - new_peak)
         else:
             inside = (queries < num_queries)[:, None] & (start + keys < last)[None, :]
-            scores = products * factor[:, None]
-            scores = masked_scores(scores, MASK, queries, start + keys, stride_mq, stride_mk, inside, KIND)
+            scores = products * factor[:, None]  # closed only now: a factor may be 0, and 0 times -inf is NaN
+            if KIND == "none":
+                scores = tl.where(inside, scores, -float("inf"))
+            else:
+                scores = masked_scores(scores, MASK, queries, start + keys, stride_mq, stride_mk, inside, KIND)
             new_peak = tl.maximum(peak, tl.max(scores, 1))
             origin = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # nothing open so far: all weights are 0
             weights = tl.exp2(scores - (origin - HEADROOM)[:, None])
@@ -146,8 +147,7 @@ def eight_bit_kernel(
     HEADROOM: tl.constexpr = LOG2_TOP if VALUES_IN == "fp8" else 0.0
     tl.store(LSE + head * num_queries + start + rows, (peak + tl.log2(norm) - HEADROOM) * LN_2, mask=inside)
     out = total / tl.where(norm == 0.0, 1.0, norm)[:, None]
-    if VALUES_IN == "fp8":
-        out *= tl.load(V_SCALES + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=1.0)[None, :]
+    out *= tl.load(V_SCALES + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=1.0)[None, :]
     address = OUT + b * stride_ob + h * stride_oh + tl.cast(start, tl.int64) * stride_ol
     address += rows[:, None] * stride_ol + dims[None, :] * stride_od
     tl.store(address, out.to(OUT.dtype.element_ty), mask=inside[:, None] & (dims < HEAD_DIM)[None, :])

@@ -70,7 +70,7 @@ def _attend(
     mean = smoothing_mean(k) if smooth_k else None
     queries = quantize_tokens(q, "int8", QUERY_GROUPS[granularity])
     keys = quantize_tokens(k, "int8", KEY_GROUPS[granularity], mean)
-    values = quantize_channels(v) if values_in == "fp8" else half_values(v)
+    values = quantize_channels(v) if values_in == "fp8" else half_values(v, sums=values_in == "fp16_fast")
     return *attention_on_codes(queries, keys, values, mask, scale, granularity, values_in, q), mean
 
 

@@ -15,9 +15,11 @@ from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.attention.arguments import Mask
 from diffusion_opt.kernels.attention.eight_bit import oracle as reference
 from diffusion_opt.kernels.attention.eight_bit.oracle import ValuesIn
+from diffusion_opt.kernels.quantizers.operator import largest_of_channels
 from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK, Granularity, Quantized
 
 HALF_MAX = torch.finfo(torch.float16).max
+KEY_TILE = 128  # keys whose weights, each at most 1, are summed in float16 at most
 
 
 def attention_on_codes(
@@ -38,10 +40,17 @@ def attention_on_codes(
     return eight_bit_op(*q, *k, *v, wide, scale, granularity, values_in, like)
 
 
-def half_values(v: Float[Tensor, "b h l d"]) -> Quantized:
-    """Values for the float16 kinds: numbers beyond 65504 become that. The scales are not used."""
-    half = v if v.dtype == torch.float16 else v.clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
-    return Quantized(half, v.new_ones(1, 1, 1, dtype=torch.float32))
+def half_values(v: Float[Tensor, "b h l d"], sums: bool = False) -> Quantized:
+    """Values for the float16 kinds, and the power of two that each channel was divided by to fit.
+
+    It is 1 unless a channel has numbers beyond 65504, or with `sums` (`fp16_fast`) unless a tile of keys could sum to
+    more than that: division by a power of two changes no bit of what stays above float16's smallest numbers.
+    """
+    largest = largest_of_channels(v)
+    most = HALF_MAX / KEY_TILE if sums else HALF_MAX
+    power = (largest / most).log2().ceil().clamp(min=0).exp2()
+    power = torch.where(largest.isfinite(), power, 1.0)  # infinities and NaN stay what they are
+    return Quantized((v.float() / power[:, :, None]).to(torch.float16), power)
 
 
 @torch.library.custom_op("diffusion_opt::eight_bit_attention", mutates_args=())

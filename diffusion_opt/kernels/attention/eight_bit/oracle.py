@@ -47,7 +47,7 @@ def attention_8bit(
 ) -> tuple[Float[Tensor, "b h lq d"], Float[Tensor, "b h lq"]]:
     """Output and natural-log LSE of the quantized scores, computed in `kind` (float64 for an oracle of the kernel).
 
-    For the float16 kinds `v.codes` are float16 numbers and the scales are not used.
+    For the float16 kinds `v.codes` are float16 numbers, and the scales powers of two.
     """
     queries = dequantize_tokens(q, QUERY_GROUPS[granularity], kind)
     keys = dequantize_tokens(k, KEY_GROUPS[granularity], kind)
@@ -63,8 +63,7 @@ def attention_8bit(
         norm = norm * correction + weights.sum(-1)
         total = total * correction[..., None] + _weighted(weights, v.codes[:, :, tile], values_in)
         peak = new_peak
-    if values_in == "fp8":
-        total = total * v.scales.to(kind)[:, :, None]
+    total = total * v.scales.to(kind)[:, :, None]
     return total / norm.masked_fill(norm == 0, 1)[..., None], (peak + norm.log2()) / LOG2_E
 
 

@@ -34,6 +34,8 @@ from diffusion_opt.kernels.quantizers.rounding import (
     E4M3_MIN,
     NVFP4_BLOCK,
     NVFP4_MAX,
+    at_least,
+    largest,
     round_e2m1,
     round_positive_e4m3,
 )
@@ -79,9 +81,9 @@ def local_weights(scores):
 def round_weights(p):
     """2688 p in NVFP4, blocks of 16 keys: what the second matrix product takes."""
     blocks = tl.reshape(p * NVFP4_MAX, (p.shape[0], p.shape[1] // NVFP4_BLOCK, NVFP4_BLOCK))
-    largest = tl.max(blocks, 2)
-    relative = tl.div_rn(largest, tl.full(largest.shape, E2M1_MAX, tl.float32))
-    scales = round_positive_e4m3(tl.maximum(relative, E4M3_MIN))
+    sizes = largest(blocks, 2)
+    relative = tl.div_rn(sizes, tl.full(sizes.shape, E2M1_MAX, tl.float32))
+    scales = round_positive_e4m3(at_least(relative, E4M3_MIN))
     inverse = tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales)
     return tl.reshape(round_e2m1(blocks * inverse[:, :, None]) * scales[:, :, None], p.shape)
 

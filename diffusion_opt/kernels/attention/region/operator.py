@@ -42,7 +42,12 @@ class Region:
 
     @classmethod
     def from_mask(cls, active: Bool[Tensor, "b l"]) -> "Region":
-        """The active tokens in order. Waits for the device once. Raises ValueError if none is active."""
+        """The active tokens in order. Waits for the device once.
+
+        Raises ValueError if none is active, and for a mask that is not bool.
+        """
+        if active.dtype is not torch.bool:
+            raise ValueError(f"a region is a bool mask of tokens, True for active ones, got {active.dtype}")
         longest = int(active.sum(-1).max())
         if longest == 0:
             raise ValueError("no token is active in any batch entry: there is nothing to compute")
@@ -64,8 +69,11 @@ class Region:
 
     def gather(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b n c"]:
         """The active rows of hidden states; 0 where the list has none."""
-        if x.shape[1] != self.num_tokens:
-            raise ValueError(f"this region is one of {self.num_tokens} tokens, got {x.shape[1]}")
+        if x.shape[:2] != (len(self.index), self.num_tokens):
+            raise ValueError(
+                f"this region is one of {len(self.index)} batch entries of {self.num_tokens} tokens, got "
+                f"{tuple(x.shape[:2])}"
+            )
         rows = x.gather(1, self.index.clamp(min=0).long()[..., None].expand(-1, -1, x.shape[-1]))
         return rows * (self.index >= 0)[..., None].to(x.dtype)
 
@@ -106,8 +114,13 @@ class Region:
         is 1 / sqrt(d) unless given. Raises ValueError as `block_sparse_attention` does.
         """
         scale = checked_scale(q, k, v, None, scale)
+        if q.shape[2] != self.index.shape[1]:
+            raise ValueError(
+                f"this region has {self.index.shape[1]} active rows, q has {q.shape[2]}: gather them first"
+            )
         if mask is not None:
             mask.check(q.shape[2], self.num_tokens)
+            mask.check_heads(*q.shape[:2])
         self.update_(k_cache, v_cache, k, v)
         parts = (None, None, None, 1, 1, 1) if mask is None else mask.parts()
         return attention_op(q, k_cache, v_cache, self.index, *parts, scale)
@@ -124,6 +137,7 @@ class Region:
                 "the whole sequence"
             )
         b, n = self.index.shape
+        mask.check_heads(b, mask.counts.shape[1])
         table = mask.dense().expand(b, -1, -1, -1)
         row = self.index.clamp(min=0).long() // mask.block_m
         wanted = table.gather(2, row[:, None, :, None].expand(-1, table.shape[1], -1, mask.num_columns))

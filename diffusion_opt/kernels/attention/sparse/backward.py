@@ -61,9 +61,10 @@ def sparse_queries_kernel(
     row = b * list_b + h * list_h + tile
     for i in range(tl.load(COUNTS + row)):
         block = tl.load(INDICES + row * most + i)
-        k = load_rows(K, block * BLOCK_N, keys, dims, stride_kl, stride_kd, num_keys, HEAD_DIM, TAIL)
-        v = load_rows(V, block * BLOCK_N, keys, dims, stride_vl, stride_vd, num_keys, HEAD_DIM, TAIL)
+        first = block * BLOCK_N
         real = real_keys(LENGTHS, block, num_keys, BLOCK_N, HAS_LENGTHS)
+        k = load_rows(K, first, keys, dims, stride_kl, stride_kd, first + real, HEAD_DIM, TAIL)
+        v = load_rows(V, first, keys, dims, stride_vl, stride_vd, first + real, HEAD_DIM, TAIL)
         weights = softmax_again(q, k, lse, real, scale, BLOCK_N, PRECISION, TAIL)
         grad_scores = weights * (tl.dot(grad_out, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
@@ -94,9 +95,9 @@ def sparse_keys_kernel(
     LSE2 += head * num_queries
     DELTA += head * num_queries
     rows, keys, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, PADDED_DIM)
-    k = load_rows(K, start, keys, dims, stride_kl, stride_kd, num_keys, HEAD_DIM, TAIL)
-    v = load_rows(V, start, keys, dims, stride_vl, stride_vd, num_keys, HEAD_DIM, TAIL)
     real = real_keys(LENGTHS, tile, num_keys, BLOCK_N, HAS_LENGTHS)
+    k = load_rows(K, start, keys, dims, stride_kl, stride_kd, start + real, HEAD_DIM, TAIL)
+    v = load_rows(V, start, keys, dims, stride_vl, stride_vd, start + real, HEAD_DIM, TAIL)
     grad_k = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
     grad_v = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
     row = b * list_b + h * list_h + tile

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_opt.kernels.attention.arguments import checked_scale
 from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.attention.sparse.operator import block_sparse_attention
 from diffusion_opt.kernels.attention.sparse.packing import TokenTiles
@@ -40,7 +41,9 @@ def coarse_to_fine_attention(
     """
     if q.shape[2] != tiles.num_slots:
         raise ValueError(f"these tiles have {tiles.num_slots} slots, got {q.shape[2]}: pack q, k, v and gate first")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = checked_scale(q, k, v, None, scale)
+    if k.shape != q.shape or gate.shape != q.shape:
+        raise ValueError(f"q, k, v and gate are packed alike, got {[tuple(x.shape) for x in (q, k, v, gate)]}")
     coarse_q, coarse_k, coarse_v = (pool(x, tiles.block, tiles.lengths) for x in (q, k, v))
     probabilities = (coarse_q @ coarse_k.mT * scale).softmax(-1)
     coarse = (probabilities @ coarse_v).repeat_interleave(tiles.block, dim=2)

@@ -63,9 +63,10 @@ def sparse_forward_kernel(
     row = b * list_b + h * list_h + tile
     for i in range(tl.load(COUNTS + row)):
         block = tl.load(INDICES + row * most + i)
-        k = load_rows(K, block * BLOCK_N, keys, dims, stride_kl, stride_kd, num_keys, HEAD_DIM, TAIL)
-        v = load_rows(V, block * BLOCK_N, keys, dims, stride_vl, stride_vd, num_keys, HEAD_DIM, TAIL)
+        first = block * BLOCK_N
         real = real_keys(LENGTHS, block, num_keys, BLOCK_N, HAS_LENGTHS)
+        k = load_rows(K, first, keys, dims, stride_kl, stride_kd, first + real, HEAD_DIM, TAIL)
+        v = load_rows(V, first, keys, dims, stride_vl, stride_vd, first + real, HEAD_DIM, TAIL)
         peak, norm, total = softmax_step(q, k, v, peak, norm, total, real, scale, BLOCK_N, PRECISION, TAIL)
     out, lse = finish_softmax(peak, norm, total)
     tl.store(LSE + head * num_queries + start + rows, lse, mask=start + rows < num_queries)

@@ -55,7 +55,12 @@ class BlockMask:
     def from_dense(
         cls, dense: Bool[Tensor, "b h rows columns"], block_m: int, block_n: int, lengths: Tensor | None = None
     ) -> "BlockMask":
-        """The lists of a table of tiles. Waits for the device once, to learn the longest list."""
+        """The lists of a table of tiles. Waits for the device once, to learn the longest list.
+
+        Raises ValueError for a table that is not bool: numbers would be counted, not listed.
+        """
+        if dense.dtype is not torch.bool:
+            raise ValueError(f"a table of tiles is bool, True for what is computed, got {dense.dtype}")
         counts = dense.sum(-1, dtype=torch.int32)
         most = max(1, int(counts.max()))
         order = dense.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
@@ -89,6 +94,14 @@ class BlockMask:
             raise ValueError(
                 f"{lq} queries and {lk} keys are {rows} x {columns} blocks of {self.block_m} x {self.block_n}, this "
                 f"mask has {self.counts.shape[2]} x {self.num_columns}: make it for these lengths"
+            )
+
+    def check_heads(self, b: int, h: int) -> None:
+        """Raise ValueError unless the lists serve one batch entry and head or each: a kernel would read past them."""
+        if any(own not in (1, whole) for own, whole in zip(self.counts.shape[:2], (b, h), strict=True)):
+            raise ValueError(
+                f"a mask serves one batch entry and head or each: there are {(b, h)}, the mask has "
+                f"{tuple(self.counts.shape[:2])}"
             )
 
     @property

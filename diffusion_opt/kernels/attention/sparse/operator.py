@@ -43,11 +43,7 @@ def block_sparse_attention(
     """
     scale = checked_scale(q, k, v, None, scale)
     mask.check(q.shape[2], k.shape[2])
-    if any(own not in (1, whole) for own, whole in zip(mask.counts.shape, q.shape[:2], strict=False)):
-        raise ValueError(
-            f"a mask serves one batch entry and head or each: q has {tuple(q.shape[:2])}, the mask "
-            f"{tuple(mask.counts.shape[:2])}"
-        )
+    mask.check_heads(*q.shape[:2])
     return attention_op(q, k, v, *mask.parts(), scale)
 
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from diffusion_opt.kernels.attention.arguments import checked_scale
 from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.attention.sparse.oracle import wide
 
@@ -88,13 +89,18 @@ def predicted_mask(
 
     Blocks whose `similarity` is below `least_similarity` (0 to 1; 0 asks for nothing) are computed in full. `lengths`
     is for q and k packed by the same `TokenTiles`; `scale` is 1 / sqrt(d) unless given. Raises ValueError unless one
-    of keep and mass is given, or if lengths come with blocks that are not square.
+    of keep and mass is given, if lengths come with blocks that are not square or are not one for each block, and for q
+    and k that do not fit together.
     """
     if (keep is None) == (mass is None):
         raise ValueError(f"give either keep or mass, got keep={keep}, mass={mass}")
     if lengths is not None and block_m != block_n:
         raise ValueError(f"packed tokens have blocks of one size, got {block_m} x {block_n}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    for name, x, block in (("q", q, block_m), ("k", k, block_n)):
+        blocks = -(-x.shape[2] // block)
+        if lengths is not None and len(lengths) != blocks:
+            raise ValueError(f"{x.shape[2]} tokens of {name} are {blocks} blocks, lengths are given for {len(lengths)}")
+    scale = checked_scale(q, k, k, None, scale)
     q_apart = similarity(q, block_m, lengths) < least_similarity
     k_apart = (similarity(k, block_n, lengths) < least_similarity)[..., None, :]
     scores = pool(q, block_m, lengths) @ pool(k, block_n, lengths).mT * scale

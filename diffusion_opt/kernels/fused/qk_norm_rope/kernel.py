@@ -35,6 +35,7 @@ from diffusion_opt.kernels.quantizers.kernel import (
     tokens_block,
 )
 from diffusion_opt.kernels.quantizers.oracle import QUERY_GROUPS, ScaleGroups
+from diffusion_opt.kernels.quantizers.rounding import at_least, largest
 
 FLOAT_BLOCK = 32  # tokens of a program that writes floats
 RMS_BLOCK = 32  # tokens of a program of inverse_rms_kernel
@@ -149,7 +150,7 @@ def norm_rope_kernel(
             inside = (start + rows < num_tokens)[:, None]
             first = tl.where(inside, first - mean_1[None, :], 0.0)
             second = tl.where(inside, second - mean_2[None, :], 0.0)
-        sizes = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
+        sizes = at_least(largest(tl.abs(first), 1), largest(tl.abs(second), 1))
         scales, by_token = group_scales(sizes, TOP, WINDOW, GROUPS, RUN)
         store_scales(SCALES + head * num_scales, scales, start, num_scales, WINDOW, GROUPS)
         y_1, y_2 = to_codes(first, by_token, INT8), to_codes(second, by_token, INT8)

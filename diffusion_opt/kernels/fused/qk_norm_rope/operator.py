@@ -18,7 +18,7 @@ from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.fused.qk_norm_rope import oracle as reference
 from diffusion_opt.kernels.fused.qk_norm_rope.oracle import Rotation
 from diffusion_opt.kernels.quantizers import oracle as quantize
-from diffusion_opt.kernels.quantizers.operator import CODE_TYPES
+from diffusion_opt.kernels.quantizers.operator import CODE_TYPES, check_mean
 from diffusion_opt.kernels.quantizers.oracle import EightBit, Quantized, ScaleGroups
 
 EPS = 1e-6  # of FLUX.2, Wan and LTX-2
@@ -59,6 +59,10 @@ def qk_norm_rope_quantized(
     Raises what `qk_norm_rope` raises. No gradient.
     """
     _check(x, weight, rotation, eps)
+    if to not in CODE_TYPES:
+        raise ValueError(f"codes are {' or '.join(CODE_TYPES)}, got {to!r}")
+    if mean is not None:
+        check_mean(mean, x, ())
     sharing = (groups.window, groups.groups, groups.run)
     codes, scales, own_mean = norm_rope_quantized_op(x, weight, *_tables(rotation), eps, mean, to, *sharing)
     return Quantized(codes, scales), own_mean
