@@ -1,4 +1,4 @@
-"""The tiny pipelines themselves: quick, repeatable, and moved by prompt, seed and time, or no test on them says much."""
+"""The tiny pipelines themselves: they generate, repeat themselves, and are moved by their prompt."""
 
 from dataclasses import replace
 

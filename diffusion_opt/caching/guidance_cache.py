@@ -146,10 +146,10 @@ class _GuidanceHook(InstanceHook):
         call = arguments_of(module, args, kwargs)
         if torch.is_grad_enabled() or not self.family.is_ordinary(call):
             return run(*args, **kwargs)
-        time = self.family.time(call["timestep"])
+        time, sample = self.family.time_of(call), self.family.sample(call)
         if time is None:
             return run(*args, **kwargs)
-        name, time, state = self._enter(time, call["hidden_states"])
+        name, time, state = self._enter(time, sample)
         if name == state.at.leader:
             output = run(*args, **kwargs)
             self._keep_first(state, module, time, output)
@@ -158,7 +158,7 @@ class _GuidanceHook(InstanceHook):
         low, high = self.technique.interval
         if state.first_time == time and not low <= time <= high:
             state.at.passes[name].append((time, False))
-            return self._without_effect(state, call["hidden_states"])
+            return self._without_effect(state, sample)
         differences = state.differences.setdefault(name, [])
         ready = len(differences) >= self.predictor.num_anchors and state.first_time == time
         due = state.first_ran and (state.num_ran - 1) % self.technique.every == 0

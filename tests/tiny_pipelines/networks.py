@@ -48,10 +48,10 @@ def sd3(channels: int = 4, dual_layers: tuple[int, ...] = ()) -> nn.Module:
     ))  # fmt: skip
 
 
-def qwen_image() -> nn.Module:
+def qwen_image(**more: object) -> nn.Module:
     return lively(diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=4, joint_attention_dim=16, guidance_embeds=False,
-        axes_dims_rope=(8, 12, 12), **SIZE,
+        axes_dims_rope=(8, 12, 12), **SIZE, **more,
     ))  # fmt: skip
 
 
@@ -105,11 +105,11 @@ def ltx2() -> nn.Module:
     ))  # fmt: skip
 
 
-def hunyuan_video() -> nn.Module:
+def hunyuan_video(**more: object) -> nn.Module:
     return lively(diffusers.HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_layers=2, num_single_layers=2, num_refiner_layers=1, patch_size=1,
         patch_size_t=1, guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(8, 12, 12),
-        **SIZE,
+        **SIZE, **more,
     ))  # fmt: skip
 
 

@@ -80,9 +80,10 @@ class _ScheduleHook(InstanceHook):
             raise ValueError(reason)
         if torch.is_grad_enabled() or not self.family.is_ordinary(call):
             return self.fn_ref.original_forward(*args, **kwargs)
-        seen = self.names.identify(None, call["hidden_states"])
+        sample = self.family.sample(call)
+        seen = self.names.identify(None, sample)
         name = seen["context"] or DEFAULT_CONTEXT
-        run = self._enter(name, Kind.of({"sample": call["hidden_states"]}))
+        run = self._enter(name, Kind.of({"sample": sample}))
         if name == run.leader:  # the other passes of a step follow
             run.place = seen["step"][0] if seen["step"] else run.first + len(run.passes[name])
         time, anchors = run.times[run.place], run.anchors[name]

@@ -212,5 +212,5 @@ class Replay:
         for name, passes in self.recording.passes.items():
             self._residual = residuals[name]
             output = self.transformer(**passes[step].call)
-            velocities[name] = output[0]
+            velocities[name] = self._cut.family.result(output)
         return self.recording.guided(velocities)

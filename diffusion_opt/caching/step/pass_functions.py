@@ -65,7 +65,7 @@ class FullPass(nn.Module):
         blocks, last = family.blocks, len(family.blocks) - 1
         noting = {0: _Noting(blocks[0], family, first=True, last=not last)}
         noting |= {last: _Noting(blocks[last], family, first=False, last=True)} if last else {}
-        self.transformer = _with_blocks(transformer, [noting.get(i, block) for i, block in enumerate(blocks)])
+        self.transformer = _with_blocks(transformer, family, [noting.get(i, block) for i, block in enumerate(blocks)])
         self.ends = [noting[0], noting[last]]
         self.family = family
 
@@ -83,7 +83,7 @@ class SkippedPass(nn.Module):
     def __init__(self, transformer: nn.Module, family: BlockStack) -> None:
         super().__init__()
         self.shortcut = _Shortcut(family.blocks[0], family)
-        self.transformer = _with_blocks(transformer, [self.shortcut])
+        self.transformer = _with_blocks(transformer, family, [self.shortcut])
 
     def forward(self, call: dict[str, Any], residual: Streams) -> Any:
         self.shortcut.residual = residual
@@ -92,15 +92,15 @@ class SkippedPass(nn.Module):
         return output
 
 
-def _with_blocks(transformer: nn.Module, blocks: list[nn.Module]) -> nn.Module:
+def _with_blocks(transformer: nn.Module, family: BlockStack, blocks: list[nn.Module]) -> nn.Module:
     """A transformer that shares everything with this one but the lists of blocks, and has no hooks."""
     twin = copy.copy(transformer)
     for name in ("forward", "_diffusers_hook"):
         twin.__dict__.pop(name, None)
     twin._modules = dict(transformer._modules)
     left = list(blocks)
-    for name, module in transformer._modules.items():
-        if isinstance(module, nn.ModuleList) and "blocks" in name:
-            twin._modules[name] = nn.ModuleList(left[: len(module)])
-            left = left[len(module) :]
+    for name in family.lists:
+        length = len(transformer._modules[name])
+        twin._modules[name] = nn.ModuleList(left[:length])
+        left = left[length:]
     return twin

@@ -143,7 +143,7 @@ class StackCut:
 
     def rehearse(self, transformer: nn.Module, call: Given, controller: Controller) -> Any:
         """One pass under another controller, past all other hooks on the transformer, which learn nothing of it."""
-        now, sample = self.now, call["hidden_states"]
+        now, sample = self.now, self.family.sample(call)
         now.stand_in, now.call = controller, {"context": None, "step": None, "time": 0.0, "sample": sample}
         now.stack = now.skipped = None
         try:
@@ -194,11 +194,11 @@ class _PassHook(InstanceHook):
         if reason := family.refusal(call):
             raise ValueError(reason)
         # Training, and batches of mixed times, are none of a cache's business: the blocks run as ever.
-        time = None if torch.is_grad_enabled() or not family.is_ordinary(call) else family.time(call["timestep"])
+        time = None if torch.is_grad_enabled() or not family.is_ordinary(call) else family.time_of(call)
         if torch.is_grad_enabled() and not module.training:
             warnings.warn("gradients are on, so the step cache is off: sample under torch.no_grad()", stacklevel=2)
         now.stack = now.skipped = None
-        now.call = None if time is None else self.names.identify(time, call["hidden_states"])
+        now.call = None if time is None else self.names.identify(time, family.sample(call))
         if now.call is not None:
             self.cut.shapes[now.call["context"]] = tree_map(Shape.of, call)
         return args, kwargs
@@ -207,7 +207,7 @@ class _PassHook(InstanceHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         now = self.cut.now
         if now.stack is not None:  # None too if another hook spared this pass altogether
-            self.cut.controller.finished(now.stack, output[0])
+            self.cut.controller.finished(now.stack, self.cut.family.result(output))
         now.call = now.stack = now.skipped = None  # hold no tensor longer than the pass
         return output
 
