@@ -65,10 +65,15 @@ class TrainState:
         files = {"ema": _trained(self.ema)}
         for name, network in self.networks.items():
             files[name] = _trained(network)
-            parameters = self.optimizers[name].param_groups[0]["params"]
+            parameters = trained(self.optimizers[name])
             states = ((index, self.optimizers[name].state.get(p, {})) for index, p in enumerate(parameters))
             files[f"{name}-optimizer"] = {f"{i}.{part}": value for i, state in states for part, value in state.items()}
         return files | {name: dict(module.state_dict()) for name, module in self.kept.items()}
+
+
+def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimizer in the order of its groups, which numbers them in checkpoints."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _trained(network: nn.Module) -> dict[str, Tensor]:
@@ -211,7 +216,7 @@ def _flat(files: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 def _make_moments(state: TrainState, saved: Collection[str]) -> None:
     """Give each optimizer the moments that the checkpoint has, still empty: torch makes them at the first step only."""
     for name, optimizer in state.optimizers.items():
-        for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        for index, parameter in enumerate(trained(optimizer)):
             if f"{name}-optimizer/{index}.step" in saved:
                 zero = torch.zeros((), device=parameter.device)
                 empty = [torch.zeros_like(parameter), torch.zeros_like(parameter), zero]

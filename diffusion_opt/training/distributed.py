@@ -64,6 +64,13 @@ class Processes:
         means = dict(zip(names, (message / self.world_size).tolist(), strict=True))
         return {name: means[name] for name in values}
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes; the tensor itself for one."""
+        if self.world_size > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each gradient of a replicated network by its mean over the processes, all in one message."""
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -20,9 +20,9 @@ import json
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from diffusion_opt.datasets.folder_lock import FolderInUseError, folder_lock
 from diffusion_opt.training import checkpoint
-from diffusion_opt.training.checkpoint import TrainState
+from diffusion_opt.training.checkpoint import TrainState, trained
 from diffusion_opt.training.config import TrainConfig, shared_micro_batches, step_generator
 from diffusion_opt.training.distributed import Processes, is_sharded, local, processes, shard, whole
 from diffusion_opt.training.interruption import stop_on_signal
@@ -43,10 +43,34 @@ ALARMED = 3  # exit status of a run that an alarm ended
 
 @dataclass(frozen=True)
 class Role:
-    """A network in training. `rate` scales the run's learning rate for it."""
+    """A network in training. `rate` scales the run's learning rate for it.
+
+    `rates` scales it further for parts of the network, by the beginnings of parameter names: {"head": 10.0} for a head
+    that starts from nothing beside a network that is trained already. Raises ValueError for a part that is not there.
+    """
 
     network: nn.Module
     rate: float = 1.0
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.network.named_parameters()]
+        for part in self.rates:
+            if not any(_within(name, part) for name in names):
+                raise ValueError(f"no parameter's name begins with {part!r}; there are {', '.join(names[:5])}, …")
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The trained parameters as the optimizer takes them, in groups of one rate: `scale` is that of `rates`."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                scale = next((rate for part, rate in self.rates.items() if _within(name, part)), 1.0)
+                groups.setdefault(scale, []).append(parameter)
+        return [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
+
+
+def _within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
 
 
 class Distiller(Protocol):
@@ -122,7 +146,7 @@ class _Run:
         if self.shipped in config.sharded:
             shard(ema)
         networks = {name: role.network for name, role in self.roles.items()}
-        optimizers = {name: _optimizer(network, config) for name, network in networks.items()}
+        optimizers = {name: _optimizer(role, config) for name, role in self.roles.items()}
         kept = dict(getattr(distiller, "kept", {}))
         if taken := kept.keys() & {"ema", *networks, *(f"{name}-optimizer" for name in networks)}:
             raise ValueError(f"{sorted(taken)[0]!r} in `kept` is the name of something that is saved anyway: rename it")
@@ -169,8 +193,9 @@ class _Run:
         config, state, turn = self.config, self.state, self.distiller.turn(self.state.step)
         role, optimizer = self.roles[turn], state.optimizers[turn]
         rate = role.rate * config.rate(state.step, config.progress(state.step, state.seconds))
-        parameters = optimizer.param_groups[0]["params"]
-        optimizer.param_groups[0]["lr"] = rate
+        parameters = trained(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
         values = self._gradients(turn, parameters)
         if not is_sharded(role.network):
             self.processes.average_gradients(parameters)
@@ -218,8 +243,8 @@ class _Run:
         """Move the average towards the network; buffers of numbers are averaged as weights are, others copied."""
         state = self.state
         decay = min(self.config.ema_decay, (1 + state.ema_updates) / (10 + state.ema_updates))
-        trained = [(a, p) for a, p in zip(state.ema.parameters(), network.parameters(), strict=True) if p.requires_grad]
-        torch._foreach_lerp_([local(a) for a, _ in trained], [local(p) for _, p in trained], 1 - decay)
+        pairs = [(a, p) for a, p in zip(state.ema.parameters(), network.parameters(), strict=True) if p.requires_grad]
+        torch._foreach_lerp_([local(a) for a, _ in pairs], [local(p) for _, p in pairs], 1 - decay)
         for average, buffer in zip(state.ema.buffers(), network.buffers(), strict=True):
             if average.is_floating_point():  # where they are equal they stay: a mask may hold infinity
                 buffer = torch.where(average == buffer, average, average.lerp(buffer, 1 - decay))
@@ -237,9 +262,8 @@ class _Run:
         return self.plain.requires_grad_(False)
 
 
-def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=config.learning_rate, betas=config.betas, weight_decay=0.0, fused=True)
+def _optimizer(role: Role, config: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(role.groups(), lr=config.learning_rate, betas=config.betas, weight_decay=0.0, fused=True)
 
 
 def _without_weights(network: nn.Module) -> nn.Module:

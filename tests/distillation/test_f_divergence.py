@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_opt.distillation.distribution import DIVERGENCES, divergence_weight
+from diffusion_opt.distillation.distribution import DIVERGENCES, RatioBins, divergence_weight
 
 F: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse_kl": lambda r: -r.log(),
@@ -16,6 +16,7 @@ F: dict[str, Callable[[Tensor], Tensor]] = {
     "squared_hellinger": lambda r: (1 - r.sqrt()).square(),
     "pearson": lambda r: (r - 1).square(),
     "neyman": lambda r: (r - 1).square() / r,
+    "softened_reverse_kl": lambda r: (r + 1) * ((r + 1) / (2 * r)).log(),
 }
 
 
@@ -73,3 +74,30 @@ def test_what_cannot_be_is_refused() -> None:
         divergence_weight("chi", torch.zeros(2, 1))
     with pytest.raises(ValueError, match="0 < low < high"):
         divergence_weight("kl", torch.zeros(2, 1), (2.0, 1.0))
+
+
+def test_bins_by_hand_and_in_the_limit_of_one_ratio() -> None:
+    """Four samples in two parts of time: means 0.9 * 1 + 0.1 * (mean of the part); a part without samples stays."""
+    bins = RatioBins(num=3, low=0.0, high=0.9, rate=0.9)
+    ratio, t = torch.tensor([2.0, 4.0, 1.0, 3.0]), torch.tensor([0.1, 0.29, 0.31, 0.59])
+    means = torch.tensor([0.9 + 0.3, 0.9 + 0.2, 1.0])
+    torch.testing.assert_close(bins(ratio, t), ratio / means[[0, 0, 1, 1]])
+    torch.testing.assert_close(bins.means, means)
+    for _ in range(200):  # where all samples of a part have one ratio, they come to have the ratio 1
+        constant = bins(torch.tensor([5.0, 0.2]), torch.tensor([0.95, 0.0]))
+    torch.testing.assert_close(constant, torch.ones(2), rtol=1e-5, atol=1e-5)
+
+
+def test_bins_are_saved_and_weigh_samples_against_others_at_their_noise() -> None:
+    bins = RatioBins(num=2, rate=0.0)
+    logits, t = torch.tensor([[0.0], [1.0], [1.5], [2.5]]), torch.tensor([0.2, 0.2, 0.8, 0.8])
+    weight = divergence_weight("kl", logits, bins=bins, t=t)
+    torch.testing.assert_close(weight[:2], weight[2:])  # the same pair, e times apart, at both noises
+    torch.testing.assert_close(weight.mean(), torch.tensor(1.0))
+    other = RatioBins(num=2)
+    other.load_state_dict(bins.state_dict())
+    assert torch.equal(other.means, bins.means) and not torch.equal(bins.means, torch.ones(2))
+    with pytest.raises(ValueError, match="bins of time need the times"):
+        divergence_weight("kl", logits, bins=bins)
+    with pytest.raises(ValueError, match="num must be at least 1"):
+        RatioBins(num=0)

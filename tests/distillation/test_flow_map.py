@@ -13,6 +13,7 @@ from diffusion_opt.distillation.trajectory.flow_map import (
     hop_target,
     limit_target,
     normalized_tangent,
+    own_guidance,
     ratio_times,
 )
 from diffusion_opt.distillation.trajectory.flow_map_distillation import (
@@ -327,3 +328,30 @@ def test_methods_meet_in_the_limit_of_small_hops():
         for hop in ("random", "jvp")
     )
     assert (by_hop * (0.5 / 2e-5) - by_jvp).abs().mean() < 0.02 * by_jvp.abs().mean()
+
+
+def test_a_student_that_has_learned_own_guidance_is_the_guided_teacher():
+    """Its u(t, t | c) is guided itself: V = w v + k V + (1 - w - k) u has the solution V = u + w / (1 - k) (v - u)."""
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(9, 2, generator=generator), torch.rand(9, generator=generator)
+    condition = ClassCondition(torch.arange(9) % 3, 3)
+    conditional, unconditional = MODES(x, t, condition), MODES(x, t, condition.drop())
+    expected = Guided(MODES, 2.5)(x, t, condition)
+    for mixing in (0.0, 0.3, 0.9):
+        found = own_guidance(conditional, expected, unconditional, torch.full((9,), 2.5), mixing)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_own_guidance_by_hand_and_off():
+    """Scale 2, mixing 1/2: w = 1, so v + u_c / 2 - u / 2; scale 1 without mixing is v, bit for bit."""
+    v, c, u = torch.tensor([[3.0]]), torch.tensor([[2.0]]), torch.tensor([[1.0]])
+    assert own_guidance(v, c, u, torch.tensor([2.0]), 0.5).item() == 3.5
+    assert own_guidance(v, c, u, torch.ones(1)).item() == 3.0
+
+
+def test_the_first_hop_of_ratio_times_is_longer_than_the_papers():
+    """From t = 0.9, sigma = 9: ECT halves sigma, so its hop ends at t = 0.82; ours halves t."""
+    t = torch.tensor([0.9], dtype=torch.float64)
+    assert ratio_times(t, 0).item() == pytest.approx(0.45, abs=1e-3)
+    sigma = 9.0 * (1 - (1 + 8 * torch.sigmoid(torch.tensor(-9.0)).item()) / 2)
+    assert sigma / (1 + sigma) == pytest.approx(0.818, abs=1e-3)

@@ -432,6 +432,31 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
         run(tmp_path, deeper)
 
 
+def test_parts_of_a_role_may_have_rates_of_their_own_and_resume_with_them(tmp_path):
+    """AdamW's first step is the rate times the sign of the gradient, whatever its size."""
+
+    class TwoRates(Regression):
+        @property
+        def roles(self) -> dict[str, Role]:
+            return {"model": Role(self.model, rate=0.5, rates={"2": 10.0})}
+
+    method = TwoRates()
+    before = copy.deepcopy(method.model)
+    run(tmp_path / "a", method, steps=1, warmup_steps=0, clip_norm=1e9, decay_fraction=0.01)
+    moved = [(a - b).abs().max().item() for a, b in zip(method.model.parameters(), before.parameters(), strict=True)]
+    assert moved == pytest.approx([5e-3, 5e-3, 5e-2, 5e-2], rel=1e-3)
+    run(tmp_path / "whole", TwoRates())
+    parts = TwoRates()
+    parts.at_step = interrupt_at(2)
+    run(tmp_path / "parts", parts)
+    run(tmp_path / "parts", TwoRates(seed=5))
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    with pytest.raises(
+        ValueError, match="no parameter's name begins with 'head'; there are 0.weight, 0.bias, 2.weight"
+    ):
+        Role(method.model, rates={"head": 2.0})
+
+
 @pytest.mark.wrong_shapes
 def test_an_unknown_clock_is_refused():
     with pytest.raises(ValueError, match="clock must be 'wall' or 'process', got 'sun'"):

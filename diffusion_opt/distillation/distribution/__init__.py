@@ -12,7 +12,7 @@ from diffusion_opt.distillation.distribution.adversarial import (
 )
 from diffusion_opt.distillation.distribution.alarms import Alarms
 from diffusion_opt.distillation.distribution.dmd import DistributionMatching, dmd_gradient, dmd_loss, fake_score_loss
-from diffusion_opt.distillation.distribution.f_divergence import DIVERGENCES, divergence_weight
+from diffusion_opt.distillation.distribution.f_divergence import DIVERGENCES, RatioBins, divergence_weight
 from diffusion_opt.distillation.distribution.rcm import RegularizedMatching
 from diffusion_opt.distillation.distribution.score_identity import ScoreIdentity, score_identity_loss
 
@@ -23,6 +23,7 @@ __all__ = [
     "DistributionMatching",
     "FeatureHeads",
     "GanSettings",
+    "RatioBins",
     "RegularizedMatching",
     "ScoreIdentity",
     "approximate_r1",

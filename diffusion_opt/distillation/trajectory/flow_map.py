@@ -87,11 +87,29 @@ def _difference(x_t: Tensor, t: Tensor, r: Tensor, velocity: Tensor, jump: Veloc
     return torch.where(width > 0, (u_after - u_before) / width.clamp(min=torch.finfo(x_t.dtype).tiny), 0.0)
 
 
+def own_guidance(
+    velocity: Float[Tensor, "b *s"],
+    conditional: Float[Tensor, "b *s"],
+    unconditional: Float[Tensor, "b *s"],
+    scale: Float[Tensor, " b"],
+    mixing: float = 0.0,
+) -> Float[Tensor, "b *s"]:
+    """Guidance without a teacher: the data's velocity made guided by the student's own (arXiv 2505.13447, eq. 19).
+
+    w v + k u(t, t | c) + (1 - w - k) u(t, t | no condition), with k = `mixing` and w = (1 - k) `scale`. A student that
+    has learned it is guided itself, so its own part adds up to w / (1 - k) = `scale`, whatever k is (the paper's w').
+    At scale 1 and no mixing it is v.
+    """
+    w = expand_time((1 - mixing) * scale, velocity)
+    return w * velocity + mixing * conditional + (1 - w - mixing) * unconditional
+
+
 def ratio_times(t: Float[Tensor, " b"], doublings: int) -> Float[Tensor, " b"]:
-    """Where a hop from t ends in ECT's schedule, s = t max(0, 1 - n(t) / 2^(doublings + 1)) (arXiv 2406.14548).
+    """Where a hop from t ends: ECT's factor, s = t max(0, 1 - n(t) / 2^(doublings + 1)) (arXiv 2406.14548).
 
     n(t) = 1 + 8 sigmoid(-sigma), sigma = t / (1 - t). At first s = 0 for most t, which is plain denoising; then each
-    doubling halves the hop.
+    doubling halves the hop. The paper multiplies sigma by that factor and not t: from t = 0.9 its first hop ends at
+    sigma = 4.5, t = 0.82, ours at t = 0.45, since on our line a hop is a share of the way and not of the noise.
     """
     sigma = t / (1 - t).clamp(min=torch.finfo(t.dtype).tiny)
     return t * (1 - (1 + 8 * torch.sigmoid(-sigma)) / 2 ** (doublings + 1)).clamp(min=0)
