@@ -9,7 +9,7 @@ from diffusion_opt.models.ltx2 import LTX2Velocity
 from diffusion_opt.models.pipeline import ClassEmbedder, PixelShuffleVAE, TinyFlux2Pipeline
 from diffusion_opt.models.points import PointVelocity
 from diffusion_opt.models.prompt_table import PromptTable
-from diffusion_opt.models.schedulers import FlowMatchAdamsBashforthScheduler
+from diffusion_opt.models.schedulers import FlowMatchAdamsBashforthScheduler, flow_scheduler
 from diffusion_opt.models.wan import WanVelocity
 from diffusion_opt.models.zoo import load, ship
 from diffusion_opt.names import SHIPPED, ShippedModel
@@ -34,6 +34,7 @@ __all__ = [
     "block_stack",
     "build_pipeline",
     "flow_map_transformer",
+    "flow_scheduler",
     "load",
     "position_ids",
     "set_ladders",

@@ -28,6 +28,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from diffusion_opt.datasets import CorruptFileError
+from diffusion_opt.models.call_defaults import load_call_defaults
 from diffusion_opt.models.pipeline import TinyFlux2Pipeline
 
 AUTO = "auto"
@@ -106,9 +107,11 @@ def open_folder(folder: Path, dtype: Dtype = AUTO, **parts: nn.Module) -> Diffus
     own = _class_name(index) == TinyFlux2Pipeline.__name__
     size = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
     with _bars(size >= LARGE_BYTES):
-        return (TinyFlux2Pipeline if own else DiffusionPipeline).from_pretrained(
+        pipe = (TinyFlux2Pipeline if own else DiffusionPipeline).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
         )
+    load_call_defaults(pipe, folder)
+    return pipe
 
 
 def settled(device: str | torch.device) -> torch.device:

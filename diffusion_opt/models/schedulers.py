@@ -1,4 +1,4 @@
-"""A second-order diffusers scheduler that costs one evaluation a step.
+"""A second-order diffusers scheduler that costs one evaluation a step, and a way to put it in the place of others.
 
 `FlowMatchEulerDiscreteScheduler` is first order. The two-step Adams-Bashforth formula of
 `diffusion_opt.flow.adams_bashforth2` reuses the velocity of the step before, so it is as cheap and, at equal steps,
@@ -6,10 +6,22 @@ closer to the exact path. diffusers' `FlowMatchHeunDiscreteScheduler` is second 
 step. This class inherits its grid, shift and configuration, so either can stand where the other stood:
 
     pipe.scheduler = FlowMatchAdamsBashforthScheduler.from_config(pipe.scheduler.config)
+
+Wan and Sana come with UniPC and DPM-Solver++ "with flow sigmas". They solve the same equation, but name the shift
+differently (`flow_shift`, which `from_config` of another class would drop without a word) and space their times
+differently. `flow_scheduler` knows both and keeps shift and times, and refuses schedulers of other equations.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    SchedulerMixin,
+)
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from jaxtyping import Float
 from torch import Tensor
@@ -27,12 +39,16 @@ class FlowMatchAdamsBashforthScheduler(FlowMatchEulerDiscreteScheduler, Schedule
         timestep: float | Float[Tensor, ""],
         sample: Float[Tensor, "b *s"],
         return_dict: bool = True,
-        **_,
+        per_token_timesteps: Tensor | None = None,
+        **_: Any,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Float[Tensor, "b *s"]]:
         """One step from `timestep` to the next of the grid; `model_output` is the velocity there.
 
-        Raises ValueError for a configuration with `stochastic_sampling`: this is a method for the noiseless path.
+        Raises ValueError for a configuration with `stochastic_sampling`, since this is a method for the noiseless path,
+        and for tokens that stand at different times.
         """
+        if per_token_timesteps is not None:
+            raise ValueError("Adams-Bashforth takes one time for all tokens, here each has its own: use Euler")
         if self.config.stochastic_sampling:
             raise ValueError(
                 "stochastic_sampling is True, but Adams-Bashforth follows the path without noise; set False"
@@ -50,3 +66,55 @@ class FlowMatchAdamsBashforthScheduler(FlowMatchEulerDiscreteScheduler, Schedule
         moved = (sample.to(torch.float32) + h * slope).to(sample.dtype)
         self._step_index += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+
+class _EvenTimes:
+    """Times as UniPC and DPM-Solver++ space them before the shift: even, from 1 to the last of training, without it."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """As in diffusers; times that are given are taken as they are."""
+        if sigmas is None and timesteps is None:
+            last = 1 / self.config.num_train_timesteps
+            sigmas = np.linspace(1, last, num_inference_steps + 1)[:-1]
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+
+
+class EvenEulerScheduler(_EvenTimes, FlowMatchEulerDiscreteScheduler, SchedulerMixin):
+    """Euler's method at the times of UniPC with flow sigmas."""
+
+
+class EvenAdamsBashforthScheduler(_EvenTimes, FlowMatchAdamsBashforthScheduler, SchedulerMixin):
+    """Adams-Bashforth at the times of UniPC with flow sigmas."""
+
+
+def flow_scheduler(found: SchedulerMixin, second_order: bool) -> SchedulerMixin:
+    """Adams-Bashforth (or Euler) with the shift and the times of the scheduler that was found.
+
+    Raises ValueError for a scheduler that solves another equation, or follows it with noise.
+    """
+    kind, config = type(found).__name__, found.config
+    if config.get("stochastic_sampling") or isinstance(found, FlowMatchLCMScheduler):
+        raise ValueError(f"{kind} adds noise at each step, and a solver of the noiseless path cannot take its place")
+    if isinstance(found, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler):
+        even = isinstance(found, _EvenTimes)
+        classes = (EvenEulerScheduler, EvenAdamsBashforthScheduler) if even else _FLOW
+        return classes[second_order].from_config(config)
+    if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
+        what = config.get("prediction_type", "something else")
+        raise ValueError(f"{kind} integrates a network that predicts {what}, and this solver follows velocities")
+    if config.get("final_sigmas_type", "zero") != "zero" or config.get("thresholding"):
+        raise ValueError(f"{kind} does not end at zero or clips samples, which no other solver here does")
+    kept = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
+    settings = {name: config[name] for name in kept if name in config}
+    classes = (EvenEulerScheduler, EvenAdamsBashforthScheduler)
+    return classes[second_order](shift=config.get("flow_shift") or 1.0, **settings)
+
+
+_FLOW = (FlowMatchEulerDiscreteScheduler, FlowMatchAdamsBashforthScheduler)

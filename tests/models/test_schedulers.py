@@ -2,10 +2,16 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from diffusion_opt.flow import GaussianMixtureVelocity, adams_bashforth2
-from diffusion_opt.models import FlowMatchAdamsBashforthScheduler
+from diffusion_opt.models import FlowMatchAdamsBashforthScheduler, flow_scheduler
 
 RING = GaussianMixtureVelocity.ring(num_modes=5, std=0.4)
 
@@ -67,3 +73,47 @@ def test_sampling_with_noise_is_refused():
     scheduler = FlowMatchAdamsBashforthScheduler(stochastic_sampling=True)
     with pytest.raises(ValueError, match="stochastic_sampling is True"):
         solve(scheduler, 2)
+
+
+def test_tokens_at_different_times_are_refused():
+    scheduler = FlowMatchAdamsBashforthScheduler()
+    scheduler.set_timesteps(2)
+    x = torch.zeros(1, 3, 2)
+    with pytest.raises(ValueError, match="takes one time for all tokens"):
+        scheduler.step(x, scheduler.timesteps[0], x, per_token_timesteps=torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_in_the_place_of_a_multistep_solver_times_and_shift_stay(kind, second_order):
+    found = kind(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0)
+    new = flow_scheduler(found, second_order)
+    for scheduler in (found, new):
+        scheduler.set_timesteps(7)
+    torch.testing.assert_close(new.sigmas, found.sigmas, rtol=0, atol=2e-6)  # UniPC begins 1e-6 below 1
+    assert new.sigmas[1] != pytest.approx(6 / 7, abs=0.05), "the shift is in it"
+    again = flow_scheduler(new, second_order)
+    again.set_timesteps(7)
+    assert torch.equal(again.sigmas, new.sigmas)
+    assert new.from_config(new.config).config == new.config
+
+
+def test_all_flow_solvers_end_where_the_path_does():
+    exact = solve(FlowMatchAdamsBashforthScheduler(), 1000)
+    found = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    for scheduler in (flow_scheduler(found, False), flow_scheduler(found, True)):
+        assert (solve(scheduler, 200) - exact).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (DDIMScheduler(), "DDIMScheduler integrates a network that predicts epsilon"),
+        (UniPCMultistepScheduler(), "predicts epsilon"),
+        (FlowMatchLCMScheduler(), "adds noise at each step"),
+        (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "adds noise at each step"),
+    ],
+)
+def test_schedulers_of_other_equations_are_refused(found, message):
+    with pytest.raises(ValueError, match=message):
+        flow_scheduler(found, True)

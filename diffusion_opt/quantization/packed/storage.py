@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from diffusion_opt import models
 from diffusion_opt.datasets import CorruptFileError, verify, write_sums
 from diffusion_opt.datasets.writing import write_json, write_tensors
+from diffusion_opt.models.call_defaults import save_call_defaults
 from diffusion_opt.models.fingerprint import fingerprint
 from diffusion_opt.models.opening import AUTO, Dtype, as_dtype, place, settled, stored_dtype
 from diffusion_opt.models.zoo import QUANTIZED, forget_origin, locate, open_pipeline
@@ -68,6 +69,7 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> None:
             part.save_pretrained(folder / name)
     transformer.save_config(folder / "transformer")
     pipe.save_config(folder)
+    save_call_defaults(pipe, folder)
     forget_origin(folder)
     write_tensors(folder / WEIGHTS, _stored(transformer, layers))
     record = {
