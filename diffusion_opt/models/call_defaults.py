@@ -17,14 +17,13 @@ caller's generator, so a student repeats its seed. `save_pretrained` writes the 
 
 import functools
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffusion_opt.datasets import CorruptFileError
+from diffusion_opt.datasets import CorruptFileError, read_json, write_json
 from diffusion_opt.models.ladder import seeded_steps
 
 FILE = "call.json"
@@ -61,7 +60,7 @@ def call_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
 def save_call_defaults(pipe: DiffusionPipeline, folder: str | Path) -> None:
     """Write the defaults beside the pipeline, if it has any."""
     if defaults := call_defaults(pipe):
-        (Path(folder) / FILE).write_text(json.dumps(defaults, indent=2) + "\n")
+        write_json(Path(folder) / FILE, defaults)
 
 
 def load_call_defaults(pipe: DiffusionPipeline, folder: Path) -> None:
@@ -69,10 +68,7 @@ def load_call_defaults(pipe: DiffusionPipeline, folder: Path) -> None:
     path = folder / FILE
     if not path.is_file():
         return
-    try:
-        defaults = json.loads(path.read_text())
-    except ValueError as error:
-        raise CorruptFileError(f"{path} is not valid JSON ({error}); save the pipeline again") from error
+    defaults = read_json(path, "save the pipeline again")
     if not isinstance(defaults, dict):
         raise CorruptFileError(f"{path} holds no arguments of a call; save the pipeline again")
     set_call_defaults(pipe, STORED, **defaults)

@@ -27,7 +27,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from diffusion_opt.datasets import CorruptFileError
+from diffusion_opt.datasets import CorruptFileError, read_json
 from diffusion_opt.models.call_defaults import load_call_defaults
 from diffusion_opt.models.pipeline import TinyFlux2Pipeline
 
@@ -83,12 +83,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-    try:
-        index = json.loads(path.read_text())
-    except ValueError as error:
-        raise CorruptFileError(
-            f"{path} is not valid JSON ({error}); restore it with git or download it anew"
-        ) from error
+    index = read_json(path, "restore it with git or download it anew")
     if not isinstance(index, dict) or "_class_name" not in index:
         raise CorruptFileError(f"{path} names no pipeline class; restore it with git or download it anew")
     return index

@@ -12,15 +12,16 @@ differently (`flow_shift`, which `from_config` of another class would drop witho
 differently. `flow_scheduler` knows both and keeps shift and times, and refuses schedulers of other equations.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
     SchedulerMixin,
+    UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from jaxtyping import Float
@@ -69,7 +70,9 @@ class FlowMatchAdamsBashforthScheduler(FlowMatchEulerDiscreteScheduler, Schedule
 
 
 class _EvenTimes:
-    """Times as UniPC and DPM-Solver++ space them before the shift: even, from 1 to the last of training, without it."""
+    """Times that are even before the shift and end one step before the last one of the span, as multistep solvers'."""
+
+    _begins_at_one: ClassVar[bool]  # or at 1 - 1 / num_train_timesteps
 
     def set_timesteps(
         self,
@@ -81,40 +84,68 @@ class _EvenTimes:
     ) -> None:
         """As in diffusers; times that are given are taken as they are."""
         if sigmas is None and timesteps is None:
-            last = 1 / self.config.num_train_timesteps
-            sigmas = np.linspace(1, last, num_inference_steps + 1)[:-1]
+            least = 1 / self.config.num_train_timesteps
+            span = (1, least) if self._begins_at_one else (1 - least, 0)
+            sigmas = np.linspace(*span, num_inference_steps + 1)[:-1]
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
 
 
-class EvenEulerScheduler(_EvenTimes, FlowMatchEulerDiscreteScheduler, SchedulerMixin):
+class UniPCTimesEulerScheduler(_EvenTimes, FlowMatchEulerDiscreteScheduler, SchedulerMixin):
     """Euler's method at the times of UniPC with flow sigmas."""
 
+    _begins_at_one = True
 
-class EvenAdamsBashforthScheduler(_EvenTimes, FlowMatchAdamsBashforthScheduler, SchedulerMixin):
+
+class UniPCTimesAdamsBashforthScheduler(_EvenTimes, FlowMatchAdamsBashforthScheduler, SchedulerMixin):
     """Adams-Bashforth at the times of UniPC with flow sigmas."""
+
+    _begins_at_one = True
+
+
+class DPMTimesEulerScheduler(_EvenTimes, FlowMatchEulerDiscreteScheduler, SchedulerMixin):
+    """Euler's method at the times of DPM-Solver++ with flow sigmas."""
+
+    _begins_at_one = False
+
+
+class DPMTimesAdamsBashforthScheduler(_EvenTimes, FlowMatchAdamsBashforthScheduler, SchedulerMixin):
+    """Adams-Bashforth at the times of DPM-Solver++ with flow sigmas."""
+
+    _begins_at_one = False
+
+
+_EULER_AND_BETTER = {  # by the scheduler that is replaced, in this order
+    UniPCMultistepScheduler: (UniPCTimesEulerScheduler, UniPCTimesAdamsBashforthScheduler),
+    DPMSolverMultistepScheduler: (DPMTimesEulerScheduler, DPMTimesAdamsBashforthScheduler),
+    UniPCTimesEulerScheduler: (UniPCTimesEulerScheduler, UniPCTimesAdamsBashforthScheduler),
+    UniPCTimesAdamsBashforthScheduler: (UniPCTimesEulerScheduler, UniPCTimesAdamsBashforthScheduler),
+    DPMTimesEulerScheduler: (DPMTimesEulerScheduler, DPMTimesAdamsBashforthScheduler),
+    DPMTimesAdamsBashforthScheduler: (DPMTimesEulerScheduler, DPMTimesAdamsBashforthScheduler),
+    FlowMatchEulerDiscreteScheduler: (FlowMatchEulerDiscreteScheduler, FlowMatchAdamsBashforthScheduler),
+    FlowMatchAdamsBashforthScheduler: (FlowMatchEulerDiscreteScheduler, FlowMatchAdamsBashforthScheduler),
+    FlowMatchHeunDiscreteScheduler: (FlowMatchEulerDiscreteScheduler, FlowMatchAdamsBashforthScheduler),
+}
 
 
 def flow_scheduler(found: SchedulerMixin, second_order: bool) -> SchedulerMixin:
     """Adams-Bashforth (or Euler) with the shift and the times of the scheduler that was found.
 
-    Raises ValueError for a scheduler that solves another equation, or follows it with noise.
+    Raises ValueError for a scheduler that solves another equation, follows it with noise, or is not known here.
     """
     kind, config = type(found).__name__, found.config
-    if config.get("stochastic_sampling") or isinstance(found, FlowMatchLCMScheduler):
+    if config.get("stochastic_sampling") or "sde" in config.get("algorithm_type", "") or "LCM" in kind:
         raise ValueError(f"{kind} adds noise at each step, and a solver of the noiseless path cannot take its place")
-    if isinstance(found, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler):
-        even = isinstance(found, _EvenTimes)
-        classes = (EvenEulerScheduler, EvenAdamsBashforthScheduler) if even else _FLOW
-        return classes[second_order].from_config(config)
-    if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
+    flow = kind.startswith("FlowMatch") or "shift" in config
+    if not flow and not (config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"):
         what = config.get("prediction_type", "something else")
         raise ValueError(f"{kind} integrates a network that predicts {what}, and this solver follows velocities")
+    if type(found) not in _EULER_AND_BETTER:
+        known = ", ".join(scheduler.__name__ for scheduler in _EULER_AND_BETTER)
+        raise ValueError(f"the times of {kind} are not known here; there are {known}")
     if config.get("final_sigmas_type", "zero") != "zero" or config.get("thresholding"):
         raise ValueError(f"{kind} does not end at zero or clips samples, which no other solver here does")
+    chosen = _EULER_AND_BETTER[type(found)][second_order]
+    if "flow_shift" not in config:
+        return chosen.from_config(config)
     kept = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
-    settings = {name: config[name] for name in kept if name in config}
-    classes = (EvenEulerScheduler, EvenAdamsBashforthScheduler)
-    return classes[second_order](shift=config.get("flow_shift") or 1.0, **settings)
-
-
-_FLOW = (FlowMatchEulerDiscreteScheduler, FlowMatchAdamsBashforthScheduler)
+    return chosen(shift=config["flow_shift"] or 1.0, **{name: config[name] for name in kept if name in config})

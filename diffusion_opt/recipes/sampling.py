@@ -166,7 +166,7 @@ class Student:
                     f"Student: {self.model} has a {type(student).__name__}, the pipeline a {type(teacher).__name__}"
                 )
             for key in _SHAPES:
-                ours, theirs = teacher.config.get(key), student.config.get(key)
+                ours, theirs = (_plain(network.config.get(key)) for network in (teacher, student))
                 if ours != theirs:
                     raise ValueError(f"Student: {self.model} has {key}={theirs}, the pipeline {ours}")
 
@@ -191,6 +191,11 @@ class Compile:
         for block in _recall(pipe, self)["blocks"]:
             block._compiled_call_impl = None
         torch.compiler.reset()
+
+
+def _plain(value: Any) -> Any:
+    """A setting as it is before and after it was saved: JSON knows no tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:

@@ -54,7 +54,7 @@ def test_other_steps_than_those_of_its_times_are_refused():
     pipe = tiny_pipeline("sd3")
     set_call_defaults(pipe, "a", num_inference_steps=2, sigmas=[1.0, 0.6])
     assert steps_of(pipe) == 2
-    with pytest.raises(ValueError, match="was made for 2 steps at times .*, got 5 steps"):
+    with pytest.raises(ValueError, match=r"was made for 2 steps at times .*, got 5 steps"):
         steps_of(pipe, num_inference_steps=5)
 
 
