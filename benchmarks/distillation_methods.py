@@ -30,8 +30,9 @@ from diffusion_opt.distillation.methods import METHODS, Method
 from diffusion_opt.distillation.trajectory import METHODS as SETTINGS
 from diffusion_opt.distillation.trajectory import PairConfig, generate_pairs
 from diffusion_opt.evaluation import Quality, machine, quality
-from diffusion_opt.models import TinyFlux2Pipeline, load, velocity_model
+from diffusion_opt.models import TinyFlux2Pipeline, load
 from diffusion_opt.recipes import Solver
+from diffusion_opt.subjects import ClassConditional
 from diffusion_opt.training import TrainConfig
 
 PATH = Path(__file__).parent / "results" / "distillation_methods.json"
@@ -141,9 +142,11 @@ def trajectories(row: Row, seconds: float) -> tuple[PairConfig, Path, float]:
     folder = RUNS / f"pairs-{number}-seed{row.seed}"
     spent = folder / "cpu_seconds.json"
     if not spent.is_file():
-        pipe = load(TEACHER)
-        size, start = pipe.vae.config.sample_size, time.process_time()
-        generate_pairs(velocity_model(pipe).eval(), (1, size, size), 10, config, folder, progress=False)
+        subject, start = ClassConditional.open(TEACHER), time.process_time()
+        generate_pairs(
+            subject.guided, subject.sample_shape, subject.conditions, config, folder,
+            source=subject.identity(), progress=False,
+        )  # fmt: skip
         spent.write_text(json.dumps(time.process_time() - start))
     return config, folder, json.loads(spent.read_text())
 
@@ -167,7 +170,8 @@ def make(row: Row, seconds: float, folder: Path) -> dict[str, float]:
     if method.pairs:
         pairs, pairs_folder, spent = trajectories(row, seconds)
         before = {**before, "cpu_s": before["cpu_s"] + spent}
-    plan = StudentPlan(TEACHER, row.method, row.steps, row.guidance, start, pairs, row.num_images, row.classes)
+    guidance = row.guidance if method.guided else None
+    plan = StudentPlan(TEACHER, row.method, row.steps, guidance, start, pairs, row.num_images, row.classes)
     config = train_config(method, row.steps, seconds - before["cpu_s"], row.seed)
     _, result = make_student(plan, config, folder, pairs_folder, progress=False, method=method)
     if not result.finished and result.alarm is None:

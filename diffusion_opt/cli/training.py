@@ -138,14 +138,14 @@ def distill(
     from diffusion_opt.distillation.make import StudentPlan, make_student
     from diffusion_opt.distillation.methods import PAIRS, method_named
     from diffusion_opt.distillation.starts import pairs_folder, usual_folder, with_start
-    from diffusion_opt.models import load
+    from diffusion_opt.subjects import ClassConditional
     from diffusion_opt.training import process_group
 
     name, chosen = method.replace("-", "_"), method_named(method)
-    if guidance is None:
-        guidance = load(teacher).config.default_guidance
     plan = StudentPlan(teacher, name, steps, guidance, start, None, data_limit, classes, lora)
     plan = replace(plan, guidance_interval=guidance_interval, fake_updates=fake_updates)
+    subject = ClassConditional.open(teacher, device)
+    plan = plan.settled(subject)
     if pairs is not None or (chosen.pairs and seed):
         number = PAIRS.num_pairs if pairs is None else pairs
         plan = replace(plan, pairs=replace(plan.pair_config, seed=seed, num_pairs=number))
@@ -155,12 +155,13 @@ def distill(
         config = replace(config, minutes=minutes, steps=updates)
     given = {"batch_size": batch_size, "learning_rate": learning_rate}
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
-    out = out or usual_folder(plan, RUNS)
+    out = out or usual_folder(plan, RUNS, subject)
     writable(out)
     with process_group(device) as among:
-        plan, ready = with_start(plan, RUNS, seed, device)
+        plan, ready = with_start(plan, RUNS, seed, device, subject=subject)
         if ready:
-            _, result = make_student(plan, config, out, pairs_folder(plan, RUNS), device)
+            trajectories = pairs_folder(plan, RUNS, subject) if chosen.pairs else None
+            _, result = make_student(plan, config, out, trajectories, device, subject=subject)
         if among.is_main:
             print("stopped; run the same command to go on") if not ready else _say(result, out)
     _end(result.exit_status if ready else 128 + signal.SIGINT)

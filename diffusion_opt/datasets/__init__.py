@@ -1,17 +1,23 @@
 """What we learn from: loaders that verify what they read; files written in full or not at all."""
 
-from diffusion_opt.datasets.fashion_mnist import FASHION_CLASSES, ImageData, load_fashion_mnist, read_idx
+from diffusion_opt.datasets.fashion_mnist import FASHION_CLASSES, FASHION_MNIST, load_fashion_mnist, read_idx
 from diffusion_opt.datasets.folder_lock import FolderInUseError, folder_lock
 from diffusion_opt.datasets.integrity import verify, write_sums
+from diffusion_opt.datasets.labeled import DataSet, ImageData, data_for
 from diffusion_opt.datasets.writing import CorruptFileError, read_json, write_json, write_tensors, write_text, written
 from diffusion_opt.names import data_dir
 
+DATA_SETS = (FASHION_MNIST,)  # by the classes they hold, see `data_for`
+
 __all__ = [
+    "DATA_SETS",
     "FASHION_CLASSES",
     "CorruptFileError",
+    "DataSet",
     "FolderInUseError",
     "ImageData",
     "data_dir",
+    "data_for",
     "folder_lock",
     "load_fashion_mnist",
     "read_idx",

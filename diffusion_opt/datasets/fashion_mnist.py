@@ -8,18 +8,17 @@ checks each file's SHA-256 first. The small size pools 28 -> 14 and pads to 16 w
 import gzip
 import struct
 import zlib
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_opt.datasets.integrity import CorruptFileError, verify
+from diffusion_opt.datasets.labeled import DataSet, ImageData
 from diffusion_opt.names import data_dir
 
 FASHION_CLASSES = (
@@ -35,21 +34,6 @@ FASHION_CLASSES = (
     "ankle boot",
 )
 _FILES = {"train": "train", "test": "t10k"}
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Labeled images: `images` (N, channels, height, width) in [-1, 1], `labels` (N,) in 0 … number of classes - 1.
-
-    Methods that learn from data ask for no more than this, so points (N, 2) of a mixture may stand for the images.
-    """
-
-    images: Float[Tensor, "n *s"]
-    labels: Int[Tensor, " n"]
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -96,3 +80,11 @@ def load_fashion_mnist(split: Literal["train", "test"], size: Literal[28, 16] = 
     if size == 16:
         images = F.pad(F.avg_pool2d(images, 2), (1, 1, 1, 1), value=-1.0)
     return ImageData(images, labels.clone(), FASHION_CLASSES)
+
+
+FASHION_MNIST = DataSet(
+    "Fashion-MNIST",
+    FASHION_CLASSES,
+    ((1, 28, 28), (1, 16, 16)),
+    lambda shape: load_fashion_mnist("train", shape[-1]),
+)

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.datasets import ImageData
 from diffusion_opt.distillation.distribution import (
     AdversarialDistillation,
     DistributionMatching,
@@ -35,7 +34,8 @@ from diffusion_opt.distillation.trajectory import (
     Reflow,
     train_progressively,
 )
-from diffusion_opt.flow import ALL_TIMES, SAMPLERS, ClassCondition, Guided, randn, sampling_times
+from diffusion_opt.flow import ALL_TIMES, SAMPLERS, VelocityModel, randn, sampling_times
+from diffusion_opt.subjects import Samples, Subject
 from diffusion_opt.training import TrainConfig, TrainResult
 from diffusion_opt.training.lora import LoraSettings, adapters
 
@@ -46,27 +46,43 @@ NUM_REFERENCE = 128  # pictures of the teacher that the alarms compare with
 
 @dataclass(frozen=True)
 class Task:
-    """What a `Distiller` is built from; networks, images and trajectories are on one device."""
+    """What a `Distiller` is built from; networks, samples and trajectories are on one device."""
 
     student: nn.Module  # in training
-    network: nn.Module  # the teacher without guidance, frozen
+    subject: Subject  # the teacher, what can be asked of it, and its data
     guidance: float
     steps: int
-    image_shape: tuple[int, ...]
-    num_classes: int
-    data: ImageData | None = None
+    times: tuple[float, ...] = ()  # the student's ladder, where the method has one; none: from its network and steps
     pairs: OdePairs | None = None
     lora: LoraSettings | None = None  # of the student; the fake score gets the same
+    fake: nn.Module | None = None  # the fake score, where it shares a base with the student
     guidance_interval: tuple[float, float] = ALL_TIMES  # times at which guidance counts
     fake_updates: int | None = None  # of the critic between two of the student; None: the method's own
     seed: int = 0
 
     @property
-    def teacher(self) -> Guided:
-        return Guided(self.network, self.guidance, self.guidance_interval)
+    def network(self) -> nn.Module:
+        """The teacher without guidance, frozen."""
+        return self.subject.network
+
+    @property
+    def teacher(self) -> VelocityModel:
+        """The teacher with guidance."""
+        return self.subject.guided(self.guidance, self.guidance_interval)
+
+    @property
+    def data(self) -> Samples | None:
+        return self.subject.data
+
+    @property
+    def two_time(self) -> bool:
+        """Whether the student knows the length of its jumps."""
+        return bool(getattr(self.student, "two_time", False))
 
     def fake_score(self) -> nn.Module:
         """A network that starts as the teacher and will follow the student: a copy, or an adapter on the teacher."""
+        if self.fake is not None:
+            return self.fake
         if self.lora is not None:
             return adapters(self.network, ("fake_score",), self.lora)["fake_score"]
         return copy.deepcopy(self.network).train().requires_grad_(True)
@@ -74,11 +90,16 @@ class Task:
     @torch.no_grad()
     def reference(self) -> Float[Tensor, "n *s"]:
         """Pictures of the guided teacher, from 8 second-order steps."""
-        device = next(self.network.parameters()).device
-        noise = randn((NUM_REFERENCE, *self.image_shape), torch.Generator(device).manual_seed(2**31 + self.seed))
-        labels = torch.arange(NUM_REFERENCE, device=device) % self.num_classes
-        condition = ClassCondition(labels, self.num_classes)
-        return SAMPLERS["adams_bashforth2"](self.teacher, noise, sampling_times(8), condition)
+        device, conditions = next(self.network.parameters()).device, self.subject.conditions
+        noise = randn(
+            (NUM_REFERENCE, *self.subject.sample_shape), torch.Generator(device).manual_seed(2**31 + self.seed)
+        )
+        labels = torch.arange(NUM_REFERENCE, device=device) % max(len(conditions), 1)
+        made = [
+            SAMPLERS["adams_bashforth2"](self.teacher, noise[part], sampling_times(8), conditions[labels[part]])
+            for part in torch.arange(NUM_REFERENCE, device=device).split(self.subject.batch or NUM_REFERENCE)
+        ]
+        return torch.cat(made)
 
 
 def ladder(steps: int) -> tuple[float, ...]:
@@ -150,7 +171,7 @@ def matching_with_head(divergence: str) -> Callable[[Task], DistributionMatching
         if task.lora is not None:
             raise ValueError("the GAN head reads the fake score's blocks; with LoRA it has none of its own: use dmd2")
         options = _matching(task)
-        head = FeatureHeads.of(options["fake_score"], task.image_shape, task.num_classes)
+        head = FeatureHeads.of(options["fake_score"], task.subject.sample_shape, task.subject.conditions)
         return DistributionMatching(**options, head=head, data=task.data, divergence=divergence)
 
     return build
@@ -158,29 +179,23 @@ def matching_with_head(divergence: str) -> Callable[[Task], DistributionMatching
 
 def regularized(task: Task) -> RegularizedMatching:
     """The loss along the path is that of the family the student belongs to."""
-    trajectory = flow_map("flow_map" if two_time(task.student) else "consistency")(task)
+    trajectory = flow_map("flow_map" if task.two_time else "consistency")(task)
     return RegularizedMatching(**_matching(task), trajectory=trajectory.losses)
 
 
 def adversarial(task: Task) -> AdversarialDistillation:
-    head = FeatureHeads.of(task.network, task.image_shape, task.num_classes)
+    head = FeatureHeads.of(task.network, task.subject.sample_shape, task.subject.conditions)
     return AdversarialDistillation(**_rollout(task), network=task.network, head=head, data=task.data)
 
 
-def two_time(student: nn.Module) -> bool:
-    """Whether a network takes a second time."""
-    return bool(getattr(student, "two_time", False))
-
-
 def _rollout(task: Task) -> dict[str, Any]:
-    jumps = two_time(task.student)
     updates = {} if task.fake_updates is None else {"fake_updates": task.fake_updates}
     return updates | {
         "student": task.student,
-        "image_shape": task.image_shape,
-        "num_classes": task.num_classes,
-        "times": ladder(task.steps) if jumps else RENOISED[task.steps],
-        "between": "jump" if jumps else "noise",
+        "sample_shape": task.subject.sample_shape,
+        "conditions": task.subject.conditions,
+        "times": task.times or (ladder(task.steps) if task.two_time else RENOISED[task.steps]),
+        "between": "jump" if task.two_time else "noise",
     }
 
 

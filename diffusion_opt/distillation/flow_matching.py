@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffusion_opt.datasets import ImageData
-from diffusion_opt.flow import ClassCondition, interpolate, logit_normal_times, randn, velocity_target
+from diffusion_opt.flow import interpolate, logit_normal_times, randn, velocity_target
+from diffusion_opt.subjects import Samples
 from diffusion_opt.training import Role
 
 
 @dataclass
 class FlowMatching:
-    """A `Distiller` that fits `model` (a `VelocityModel`) to labeled images held on the model's device."""
+    """A `Distiller` that fits `model` (a `VelocityModel`) to samples on the model's device, with their conditions."""
 
     model: nn.Module
-    data: ImageData
+    data: Samples
     drop_condition: float = 0.1  # share of samples trained without their class
 
     @property
@@ -35,9 +35,7 @@ class FlowMatching:
     def losses(self, generator: torch.Generator, batch_size: int, turn: str = "teacher") -> dict[str, Tensor]:
         """Mean squared velocity error of one random batch."""
         device = generator.device
-        index = torch.randint(len(self.data), (batch_size,), generator=generator, device=device)
-        x, labels = self.data.images[index], self.data.labels[index]
-        condition = ClassCondition(labels, len(self.data.class_names))
+        x, condition = self.data.draw(batch_size, generator)
         condition = condition.drop(torch.rand(batch_size, generator=generator, device=device) < self.drop_condition)
         t = logit_normal_times(batch_size, generator)
         noise = randn(tuple(x.shape), generator)

@@ -42,12 +42,19 @@ class Method:
     pairs: bool = False  # learns from the store of teacher trajectories
     starts: dict[int, str] | None = None  # by step count, the method of the student it starts from; None: the teacher
     stages: bool = False  # halves the steps from 8 on, a run for each
+    guided: bool = True  # learns from the guided teacher; else a guidance scale does nothing and is refused
+    adapts: bool = True  # trains adapters too; an exact derivative in time does not go through them
 
-    def fit(self, task: Task, config: TrainConfig, out: Path, progress: bool) -> dict[int, TrainResult]:
-        """Train (or resume) in `out`; results by step count, the last one that of the task unless interrupted."""
+    def fit(
+        self, task: Task, config: TrainConfig, out: Path, progress: bool, distiller: Distiller | None = None
+    ) -> dict[int, TrainResult]:
+        """Train (or resume) in `out`; results by step count, the last one that of the task unless interrupted.
+
+        `distiller` is what `build` made of the task, if that was done already.
+        """
         if self.stages:
             return build.halve(task, config, out, progress)
-        return {task.steps: train(self.build(task), config, out, progress)}
+        return {task.steps: train(distiller or self.build(task), config, out, progress)}
 
 
 ALONG_PATH = TrainConfig(minutes=10, learning_rate=5e-4, warmup_steps=50, ema_decay=0.998)
@@ -113,6 +120,7 @@ METHODS: dict[str, Method] = {
         "trajectory",
         build=build.flow_map("mean_flow"),
         images="noised",
+        adapts=False,
         **_JUMPS,
     ),
     "mean_flow_difference": Method(
@@ -127,6 +135,8 @@ METHODS: dict[str, Method] = {
         "trajectory",
         build=build.flow_map("mean_flow_data"),
         images="learned",
+        guided=False,
+        adapts=False,
         **_JUMPS,
     ),
     "consistency": Method(
@@ -141,6 +151,7 @@ METHODS: dict[str, Method] = {
         "trajectory",
         build=build.flow_map("consistency_training"),
         images="learned",
+        guided=False,
         **_TO_PICTURE,
     ),
     "scm": Method(
@@ -148,6 +159,7 @@ METHODS: dict[str, Method] = {
         "trajectory",
         build=build.flow_map("scm"),
         images="noised",
+        adapts=False,
         **_TO_PICTURE,
     ),
     "lcm": Method(
@@ -189,6 +201,7 @@ METHODS: dict[str, Method] = {
         "distribution",
         build=build.adversarial,
         images="learned",
+        guided=False,
         **_MATCH,
     ),
     "rcm": Method(

@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
@@ -32,6 +33,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_opt.datasets import write_tensors
 from diffusion_opt.training.distributed import is_sharded
 
 
@@ -137,6 +139,12 @@ def merged(adapted: Adapted) -> nn.Module:
         parent, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, layer.get_base_layer())
     return network.requires_grad_(False)
+
+
+def save_lora(adapted: Adapted, folder: Path) -> None:
+    """The adapter as a file that a pipeline's `load_lora_weights(folder)` opens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "pytorch_lora_weights.safetensors", {n: t.cpu() for n, t in adapted.state_dict().items()})
 
 
 def checkpoint_blocks(transformer: ModelMixin) -> None:

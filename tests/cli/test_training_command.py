@@ -37,7 +37,7 @@ def brief(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         presets = dict.fromkeys(METHODS[name].presets, quick)
         monkeypatch.setitem(methods.METHODS, name, replace(METHODS[name], presets=presets))
     pairs = PairConfig(num_pairs=4, guidance_scale=2.0, num_rungs=4, num_steps=4)
-    for module in ("make", "methods", "starts"):
+    for module in ("plan", "methods", "starts"):
         monkeypatch.setattr(f"diffusion_opt.distillation.{module}.PAIRS", pairs)
     monkeypatch.chdir(tmp_path)
 
@@ -100,8 +100,8 @@ def test_nothing_follows_a_start_that_was_interrupted(
 ) -> None:
     made = starts.make_student
 
-    def interrupted(*args: object) -> tuple:
-        pipe, result = made(*args)
+    def interrupted(*args: object, **given: object) -> tuple:
+        pipe, result = made(*args, **given)
         return pipe, replace(result, finished=False)
 
     monkeypatch.setattr(starts, "make_student", interrupted)

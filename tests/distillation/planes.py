@@ -18,12 +18,12 @@ Method = TypeVar("Method", bound=StudentRollout)
 def toy(kind: type[Method], teacher: VelocityModel, **options: object) -> Method:
     """A method on small networks, no classes."""
     networks = {"student": PointVelocity(width=32, seed=0), "fake_score": PointVelocity(width=32, seed=1)}
-    return kind(**networks | {"teacher": teacher, "image_shape": (2,), "num_classes": 0} | options)
+    return kind(**networks | {"teacher": teacher, "sample_shape": (2,)} | options)
 
 
 def fresh_head(width: int = 32) -> FeatureHeads:
     """Heads for such a network."""
-    return FeatureHeads.of(PointVelocity(width=width), (2,), 0, hidden=8)
+    return FeatureHeads.of(PointVelocity(width=width), (2,), hidden=8)
 
 
 def points_of(mixture: GaussianMixtureVelocity, num: int, seed: int = 0) -> ImageData:

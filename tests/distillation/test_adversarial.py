@@ -22,6 +22,7 @@ from diffusion_opt.distillation.distribution import (
 from diffusion_opt.distillation.distribution.adversarial import critic_terms, frozen
 from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, interpolate
 from diffusion_opt.models import PointVelocity, velocity_model
+from diffusion_opt.subjects import Classes
 from diffusion_opt.training import TrainConfig, train
 
 RING = GaussianMixtureVelocity.ring(num_modes=4, radius=2.0, std=0.3)
@@ -84,7 +85,7 @@ def test_heads_fit_a_transformer_and_see_every_stream_of_its_blocks() -> None:
     network = velocity_model(small_pipeline())
     layers = feature_layers(network)
     assert all(name.startswith("transformer.") and "blocks" in name for name in layers)
-    head = FeatureHeads.of(network, (1, 16, 16), 10, ("transformer.transformer_blocks.0", *layers))
+    head = FeatureHeads.of(network, (1, 16, 16), Classes(10), ("transformer.transformer_blocks.0", *layers))
     assert len(head.heads) > len(layers) + 1  # the first block returns text and image
     x_t = torch.randn(3, 1, 16, 16, requires_grad=True)
     with frozen(network, head), captured(network, head.layers) as features:
@@ -117,10 +118,10 @@ def test_layers_that_do_not_exist_are_named() -> None:
 def method(**options: object) -> AdversarialDistillation:
     """Against features of an untrained network: random features tell points apart well enough."""
     network = PointVelocity(width=64, seed=7)
-    head = FeatureHeads.of(network, (2,), 0)
+    head = FeatureHeads.of(network, (2,))
     student = PointVelocity(width=64)
     given = {"network": network, "head": head, "data": points_of(RING, 2000), "fake_updates": 1} | options
-    return AdversarialDistillation(student=student, image_shape=(2,), num_classes=0, **given)
+    return AdversarialDistillation(student=student, sample_shape=(2,), **given)
 
 
 def test_each_turn_moves_its_own_weights() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffusion_opt.distillation.distribution import DistributionMatching
 from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, interpolate
 from diffusion_opt.models import PointVelocity
+from diffusion_opt.subjects import Classes
 
 RING = GaussianMixtureVelocity.ring(num_modes=3)
 LADDER = (1.0, 0.75, 0.5)
@@ -126,7 +127,7 @@ def test_a_two_time_student_is_asked_for_the_jump_to_the_picture() -> None:
 
 def test_generated_pictures_carry_the_asked_class() -> None:
     networks = {name: PointVelocity(num_classes=3, width=16) for name in ("student", "fake_score")}
-    method = toy(DistributionMatching, RING, num_classes=3, times=LADDER, **networks)
+    method = toy(DistributionMatching, RING, conditions=Classes(3), times=LADDER, **networks)
     x, condition = method.generate(torch.Generator().manual_seed(0), 7)
     assert x.shape == (7, 2)
     assert isinstance(condition, ClassCondition) and len(condition) == 7

@@ -10,16 +10,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from small_pipelines import small_pipeline
 
 from diffusion_opt.distillation.builders import RENOISED
-from diffusion_opt.distillation.make import (
-    PLAN,
-    TEACHERS,
-    StudentPlan,
-    make_student,
-    make_teacher,
-    student_pipeline,
-    training_images,
-)
+from diffusion_opt.distillation.make import TEACHERS, StudentPlan, make_student, make_teacher, student_pipeline
 from diffusion_opt.distillation.methods import METHODS
+from diffusion_opt.distillation.record import RECORD
 from diffusion_opt.distillation.trajectory import PairConfig
 from diffusion_opt.models import SIZES, TinyFlux2Config, TinyFlux2Pipeline, load
 from diffusion_opt.training import TrainConfig
@@ -77,7 +70,7 @@ def test_a_finished_student_is_not_trained_again(teacher: str, tmp_path: Path) -
 
 def test_a_folder_belongs_to_one_plan(teacher: str, tmp_path: Path) -> None:
     student(teacher, tmp_path / "run", 1)
-    assert json.loads((tmp_path / "run" / PLAN).read_text())["finished"]
+    assert json.loads((tmp_path / "run" / RECORD).read_text())["finished"]
     other = StudentPlan(teacher, "flow_map", 1, 2.0)
     with pytest.raises(ValueError, match="holds a student with method='ode', now 'flow_map'; choose another folder"):
         make_student(other, BRIEF, tmp_path / "run", progress=False)
@@ -117,7 +110,7 @@ TRAJECTORY = [name for name, method in METHODS.items() if method.kind == "trajec
 def test_every_trajectory_method_trains(teacher: str, tmp_path: Path, name: str) -> None:
     method = METHODS[name]
     steps = min(method.presets)
-    plan = StudentPlan(teacher, name, steps, 2.0, pairs=PAIRS if method.pairs else None)
+    plan = StudentPlan(teacher, name, steps, 2.0 if method.guided else None, pairs=PAIRS if method.pairs else None)
     pipe, result = make_student(plan, replace(BRIEF, steps=4), tmp_path / "run", progress=False)
     assert result.finished
     assert images(pipe).isfinite().all()
@@ -137,7 +130,7 @@ DISTRIBUTION = [name for name, method in METHODS.items() if method.kind == "dist
 def test_every_distribution_method_moves_the_student_it_starts_from(teacher: str, tmp_path: Path, name: str) -> None:
     found = METHODS[name]
     at_once = replace(found, build=lambda task: replace(found.build(task), warmup=0))  # the student's turn comes first
-    plan = StudentPlan(teacher, name, 1, 2.0, start=teacher)
+    plan = StudentPlan(teacher, name, 1, 2.0 if found.guided else None, start=teacher)
     pipe, _ = make_student(plan, replace(BRIEF, steps=1), tmp_path / "run", progress=False, method=at_once)
     assert (pipe.config.default_steps, pipe.config.is_distilled) == (1, True)
     assert not torch.equal(pipe.transformer.proj_out.weight, load(teacher).transformer.proj_out.weight)
@@ -172,17 +165,6 @@ def test_adapters_are_folded_in(teacher: str, tmp_path: Path) -> None:
     assert not change["single_transformer_blocks.0.attn.norm_q.weight"].any()  # no linear layer
 
 
-def test_fewer_images_are_a_part_of_more() -> None:
-    plan = StudentPlan("fashion-micro", "consistency_training", 1, 1.0)
-    few = training_images(16, replace(plan, num_images=20, classes=("bag", "dress")))
-    more = training_images(16, replace(plan, num_images=50, classes=("bag", "dress")))
-    assert (len(few), len(more)) == (20, 50)
-    assert torch.equal(more.images[:20], few.images)
-    assert {few.class_names[label] for label in few.labels} == {"bag", "dress"}
-    with pytest.raises(ValueError, match=r"classes must be some of t-shirt, .*, got 'hat'"):
-        training_images(16, replace(plan, classes=("hat",)))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -193,6 +175,20 @@ def test_fewer_images_are_a_part_of_more() -> None:
         ({"method": "flow_map", "num_images": 0}, "num_images must be at least 1, got 0"),
         ({"method": "ode", "fake_updates": 1}, "ode has no fake score or discriminator"),
         ({"method": "lcm", "guidance_interval": (0.3, 0.9)}, "lcm learns the scale itself, at all times"),
+        ({"method": "lcm", "guidance": 8.0}, "students of lcm take guidance 1 … 3, got 8"),
+        ({"method": "ladd"}, "ladd learns from the images and not from a guided teacher"),
+        ({"method": "mean_flow_data"}, "mean_flow_data learns from the images"),
+        (
+            {"method": "consistency_training", "guidance": 1.0, "guidance_interval": (0.3, 0.9)},
+            "learns from the images",
+        ),
+        ({"method": "ode", "guidance": 1.0, "guidance_interval": (0.3, 0.9)}, "a guidance scale of 1 is no guidance"),
+        ({"method": "ode", "guidance_interval": (0.9, 0.3)}, "the guidance interval must rise"),
+        ({"method": "ode", "guidance": 1.5, "pairs": PAIRS}, "the trajectories have guidance 2 in .*, the plan 1.5"),
+        ({"method": "scm", "lora_rank": 2}, "scm takes an exact derivative, which adapters do not have"),
+        ({"method": "ode", "times": (1.0,)}, "ode trains at times of its own"),
+        ({"method": "dmd2", "times": (0.9,)}, "a ladder falls from 1.0"),
+        ({"method": "dmd2", "times": (1.0, 0.5)}, "a student of 1 steps has as many times"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(settings: dict, message: str) -> None:

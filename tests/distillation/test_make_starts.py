@@ -8,8 +8,9 @@ import pytest
 from small_pipelines import small_pipeline
 
 from diffusion_opt.distillation import methods, starts
-from diffusion_opt.distillation.make import PLAN, StudentPlan
+from diffusion_opt.distillation.make import StudentPlan
 from diffusion_opt.distillation.methods import METHODS
+from diffusion_opt.distillation.record import RECORD
 from diffusion_opt.distillation.starts import is_finished, pairs_folder, usual_folder, with_start
 from diffusion_opt.distillation.trajectory import PairConfig
 from diffusion_opt.models import TinyFlux2Config
@@ -32,7 +33,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         presets = dict.fromkeys(METHODS[name].presets, quick)
         monkeypatch.setitem(methods.METHODS, name, replace(METHODS[name], presets=presets))
     pairs = PairConfig(num_pairs=4, guidance_scale=2.0, num_rungs=4, num_steps=4)
-    monkeypatch.setattr("diffusion_opt.distillation.make.PAIRS", pairs)
+    monkeypatch.setattr("diffusion_opt.distillation.plan.PAIRS", pairs)
     monkeypatch.setattr(starts, "PAIRS", pairs)
 
 
@@ -45,7 +46,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         (("dmd2", 1, 1.5), "small-1step-dmd2-g1.5"),
         (("flow_map", 4, 2.0), "small-flow-map"),
         (("flow_map", 1, 2.0), "small-flow-map"),
-        (("mean_flow_data", 4, 3.0), "small-mean-flow-data-g3"),
+        (("mean_flow_data", 4), "small-mean-flow-data"),
+        (("mean_flow", 4, 3.0), "small-mean-flow-g3"),
         (("progressive", 1, 2.0), "small-1step-progressive"),
         (("ode", 4, 2.0, None, None, None, (), None, (0.3, 0.9)), "small-4step-t0.3to0.9"),
     ],
@@ -74,7 +76,7 @@ def test_a_missing_start_is_made_once(
     plan = StudentPlan(teacher, "dmd2", steps, 1.5)
     started, ready = with_start(plan, tmp_path, progress=False)
     assert ready and started == replace(plan, start=str(tmp_path / folder / "pipeline"))
-    assert json.loads((tmp_path / folder / PLAN).read_text())["guidance"] == 2.0  # the teacher's own
+    assert json.loads((tmp_path / folder / RECORD).read_text())["guidance"] == 2.0  # the teacher's own
     assert "dmd2 starts from a student; first" in capsys.readouterr().out
     assert with_start(plan, tmp_path, progress=False) == (started, True)
     assert capsys.readouterr().out == ""
@@ -83,7 +85,7 @@ def test_a_missing_start_is_made_once(
 def test_an_interrupted_start_is_finished_first(teacher: str, tmp_path: Path, brief: None) -> None:
     plan = StudentPlan(teacher, "dmd2", 1, 1.5)
     with_start(plan, tmp_path, progress=False)
-    path = tmp_path / "small-1step" / PLAN
+    path = tmp_path / "small-1step" / RECORD
     path.write_text(path.read_text().replace('"finished": true', '"finished": false'))
     assert not is_finished(tmp_path / "small-1step")
     with_start(plan, tmp_path, progress=False)

@@ -8,6 +8,7 @@ from torch import nn
 
 from diffusion_opt.distillation.trajectory import OdeDistillation, OdePairs, pseudo_huber
 from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, expand_time
+from diffusion_opt.subjects import Classes
 from diffusion_opt.training import TrainConfig, step_generator, train
 
 TIMES = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
@@ -35,7 +36,7 @@ def pairs(teacher: GaussianMixtureVelocity) -> OdePairs:
         r = torch.full((512,), float(time))
         jump = teacher(noise, ones, condition, r=r)
         states.append(noise - expand_time(ones - r, noise) * jump)
-    return OdePairs(torch.stack(states, 1), labels, TIMES, 2)
+    return OdePairs(torch.stack(states, 1), labels, TIMES, Classes(2))
 
 
 class _FlowMap(nn.Module):

@@ -1,14 +1,16 @@
 """Stored teacher trajectories: what they hold, and that interrupting or splitting the work changes nothing."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from diffusion_opt.datasets import CorruptFileError
-from diffusion_opt.distillation.trajectory import PairConfig, generate_pairs, load_pairs, sample_noise
+from diffusion_opt.datasets import CorruptFileError, FolderInUseError, folder_lock
+from diffusion_opt.distillation.trajectory import OdePairs, PairConfig, generate_pairs, load_pairs, sample_noise
 from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, Guided, adams_bashforth2, sampling_times
+from diffusion_opt.subjects import Classes
 
 SHAPE = (1, 4, 6)
 CONFIG = PairConfig(num_pairs=11, guidance_scale=1.0, num_rungs=2, num_steps=8, shard_size=4)
@@ -40,8 +42,13 @@ class _FailsAfter:
         return self.teacher(x_t, t, condition)
 
 
+def made(teacher, config: PairConfig, folder: Path, source: str = "ring") -> OdePairs:
+    given = {"source": {"name": source, "model": source}, "progress": False}
+    return generate_pairs(partial(Guided, teacher), SHAPE, Classes(3), config, folder, **given)
+
+
 def test_states_are_the_solver_s_at_the_rungs(teacher: GaussianMixtureVelocity, tmp_path: Path) -> None:
-    pairs = generate_pairs(teacher, SHAPE, 3, CONFIG, tmp_path, progress=False)
+    pairs = made(teacher, CONFIG, tmp_path)
     assert pairs.states.shape == (11, 3, *SHAPE)
     assert pairs.times.tolist() == [1.0, 0.5, 0.0]
     assert pairs.labels.tolist() == [i % 3 for i in range(11)]
@@ -56,9 +63,9 @@ def test_states_are_the_solver_s_at_the_rungs(teacher: GaussianMixtureVelocity, 
 
 def test_guidance_counts_in_its_interval(teacher: GaussianMixtureVelocity, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, guidance_scale=3.0, guidance_interval=(0.5, 0.9))
-    pairs = generate_pairs(teacher, SHAPE, 3, config, tmp_path / "limited", progress=False)
-    plain = generate_pairs(teacher, SHAPE, 3, CONFIG, tmp_path / "plain", progress=False)
-    assert generate_pairs(teacher, SHAPE, 3, config, tmp_path / "limited", progress=False).states.equal(pairs.states)
+    pairs = made(teacher, config, tmp_path / "limited")
+    plain = made(teacher, CONFIG, tmp_path / "plain")
+    assert made(teacher, config, tmp_path / "limited").states.equal(pairs.states)
     start = sample_noise(range(11), SHAPE, CONFIG.seed)
     condition = ClassCondition(pairs.labels, 3)
     expected = adams_bashforth2(Guided(teacher, 3.0, (0.5, 0.9)), start, sampling_times(8), condition)
@@ -67,27 +74,27 @@ def test_guidance_counts_in_its_interval(teacher: GaussianMixtureVelocity, tmp_p
 
 
 def test_shards_do_not_change_the_trajectories(teacher: GaussianMixtureVelocity, tmp_path: Path) -> None:
-    one = generate_pairs(teacher, SHAPE, 3, CONFIG, tmp_path / "a", progress=False)
+    one = made(teacher, CONFIG, tmp_path / "a")
     other = dataclasses.replace(CONFIG, shard_size=7)
-    two = generate_pairs(teacher, SHAPE, 3, other, tmp_path / "b", progress=False)
+    two = made(teacher, other, tmp_path / "b")
     assert torch.allclose(one.states, two.states, atol=2e-3)
     assert torch.equal(one.labels, two.labels)
 
 
 def test_an_interrupted_store_goes_on_where_it_stopped(teacher: GaussianMixtureVelocity, tmp_path: Path) -> None:
-    whole = generate_pairs(teacher, SHAPE, 3, CONFIG, tmp_path / "whole", progress=False)
+    whole = made(teacher, CONFIG, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        generate_pairs(_FailsAfter(teacher, 12), SHAPE, 3, CONFIG, tmp_path / "cut", progress=False)
+        made(_FailsAfter(teacher, 12), CONFIG, tmp_path / "cut")
     with pytest.raises(CorruptFileError, match="not finished: 4 of 11"):
         load_pairs(tmp_path / "cut")
     counted = _FailsAfter(teacher, 1000)
-    resumed = generate_pairs(counted, SHAPE, 3, CONFIG, tmp_path / "cut", progress=False)
+    resumed = made(counted, CONFIG, tmp_path / "cut")
     assert torch.equal(whole.states, resumed.states)
     assert 1000 - counted.left == 2 * 8  # two of three shards were missing
 
 
 def test_a_damaged_shard_is_named(teacher: GaussianMixtureVelocity, tmp_path: Path) -> None:
-    generate_pairs(teacher, SHAPE, 3, CONFIG, tmp_path, progress=False)
+    made(teacher, CONFIG, tmp_path)
     shard = tmp_path / "pairs-000004.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CorruptFileError, match=r"pairs-000004.safetensors is missing or damaged"):
@@ -95,9 +102,36 @@ def test_a_damaged_shard_is_named(teacher: GaussianMixtureVelocity, tmp_path: Pa
 
 
 def test_other_settings_need_another_folder(teacher: GaussianMixtureVelocity, tmp_path: Path) -> None:
-    generate_pairs(teacher, SHAPE, 3, CONFIG, tmp_path, progress=False)
+    made(teacher, CONFIG, tmp_path)
     with pytest.raises(ValueError, match="use another folder"):
-        generate_pairs(teacher, SHAPE, 3, dataclasses.replace(CONFIG, seed=1), tmp_path, progress=False)
+        made(teacher, dataclasses.replace(CONFIG, seed=1), tmp_path)
+
+
+def test_another_teacher_needs_another_folder_and_a_renamed_one_does_not(
+    teacher: GaussianMixtureVelocity, tmp_path: Path
+) -> None:
+    made(teacher, CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"trajectories of the teacher 'ring' \(model ring\), now it is 'other'"):
+        made(teacher, CONFIG, tmp_path, source="other")
+    same = {"source": {"name": "moved/ring", "model": "ring"}, "progress": False}
+    generate_pairs(partial(Guided, teacher), SHAPE, Classes(3), CONFIG, tmp_path, **same)
+
+
+def test_a_teacher_that_is_not_finite_leaves_no_shard(teacher: GaussianMixtureVelocity, tmp_path: Path) -> None:
+    def broken(x_t, t, condition=None, r=None):
+        return teacher(x_t, t, condition) + torch.where(condition.labels == 2, torch.nan, 0.0)[:, None, None, None]
+
+    with pytest.raises(FloatingPointError, match=r"the teacher \(ring\) makes no finite picture of sample \d+"):
+        made(broken, CONFIG, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "manifest.json").exists()
+
+
+def test_two_processes_do_not_make_one_store(teacher: GaussianMixtureVelocity, tmp_path: Path) -> None:
+    with folder_lock(tmp_path, "trajectories"), pytest.raises(FolderInUseError, match="trajectories"):
+        made(teacher, CONFIG, tmp_path)
+    stored = made(teacher, CONFIG, tmp_path)
+    with folder_lock(tmp_path, "trajectories"):  # a whole store is only read
+        assert torch.equal(made(teacher, CONFIG, tmp_path).states, stored.states)
 
 
 def test_an_empty_folder_says_how_to_fill_it(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from diffusion_opt.distillation.trajectory import OdePairs, Reflow
 from diffusion_opt.distillation.trajectory.reflow import reflow_loss, u_shaped_times
+from diffusion_opt.subjects import Classes
 from diffusion_opt.training import step_generator
 
 
@@ -45,7 +46,7 @@ class _Straight(nn.Module):
 def pairs() -> OdePairs:
     noise = torch.randn(40, 2, generator=torch.Generator().manual_seed(1))
     states = torch.stack([noise, torch.full_like(noise, 9.0), 0.5 * noise + 1.5], dim=1)  # the middle is not used
-    return OdePairs(states, torch.arange(40) % 2, torch.tensor([1.0, 0.5, 0.0]), 2)
+    return OdePairs(states, torch.arange(40) % 2, torch.tensor([1.0, 0.5, 0.0]), Classes(2))
 
 
 def test_the_loss_is_zero_at_the_exact_velocity_and_its_gradient_points_there(pairs):

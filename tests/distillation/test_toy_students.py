@@ -5,6 +5,7 @@ steps reach 1.08, 0.42 and 0.12 in 1, 2 and 4 steps, which is what a student has
 """
 
 import copy
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from diffusion_opt.distillation.trajectory.failures import FAILURES
 from diffusion_opt.evaluation.point_distances import mmd, sliced_wasserstein
 from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, Guided, heun, sampling_times
 from diffusion_opt.models import PointVelocity
+from diffusion_opt.subjects import Classes
 from diffusion_opt.training import TrainConfig, train
 
 pytestmark = pytest.mark.slow
@@ -119,7 +121,9 @@ def test_progressive_students_of_all_stages(teachers, tmp_path):
 
 def test_students_of_pairs(teachers, tmp_path):
     config = PairConfig(num_pairs=4096, guidance_scale=1.0, num_rungs=4, num_steps=16, shard_size=4096)
-    pairs = generate_pairs(RING, (2,), 2, config, tmp_path / "pairs", progress=False)
+    pairs = generate_pairs(
+        partial(Guided, RING), (2,), Classes(2), config, tmp_path / "pairs", source={"model": "ring"}, progress=False
+    )
     for steps in (1, 4):
         network = trained(OdeDistillation(teachers(), pairs, steps), tmp_path / f"ode-{steps}")
         assert distances(sample(network, steps))[0] < 0.08

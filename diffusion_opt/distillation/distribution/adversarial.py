@@ -26,8 +26,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.distillation.distribution.rollout import Noised, StudentRollout, random_condition
-from diffusion_opt.flow import ClassCondition, VelocityModel, interpolate, randn
+from diffusion_opt.distillation.distribution.rollout import Noised, StudentRollout
+from diffusion_opt.flow import Condition, VelocityModel, interpolate, randn
+from diffusion_opt.subjects import UNCONDITIONAL, Conditions
 from diffusion_opt.training import Role
 
 
@@ -76,8 +77,8 @@ class FeatureHeads(nn.Module):
     def of(
         cls,
         network: nn.Module,
-        image_shape: tuple[int, ...],
-        num_classes: int,
+        sample_shape: tuple[int, ...],
+        conditions: Conditions = UNCONDITIONAL,
         layers: tuple[str, ...] | None = None,
         hidden: int = 64,
         seed: int = 0,
@@ -88,9 +89,9 @@ class FeatureHeads(nn.Module):
         """
         layers = feature_layers(network) if layers is None else layers
         device = next(network.parameters()).device
-        condition = random_condition(num_classes, 1, torch.Generator(device).manual_seed(0))
+        condition = conditions.draw(1, torch.Generator(device).manual_seed(0))
         with torch.no_grad(), captured(network, layers) as features:
-            network(torch.zeros(1, *image_shape, device=device), torch.ones(1, device=device), condition)
+            network(torch.zeros(1, *sample_shape, device=device), torch.ones(1, device=device), condition)
         return cls(layers, tuple(feature.shape[-1] for feature in features), hidden, seed).to(device)
 
     def forward(self, features: list[Float[Tensor, "b ..."]]) -> Float[Tensor, "b heads"]:
@@ -163,9 +164,9 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 def critic_terms(
-    logits: Callable[[Tensor, Tensor, ClassCondition | None], Tensor],
+    logits: Callable[[Tensor, Tensor, Condition | None], Tensor],
     real: Float[Tensor, "b *s"],
-    real_condition: ClassCondition | None,
+    real_condition: Condition | None,
     fake: Float[Tensor, "b heads"],
     t: Float[Tensor, " b"],
     settings: GanSettings,
@@ -233,7 +234,7 @@ class AdversarialDistillation(StudentRollout):
         return critic_terms(self.logits, real, condition, fake, batch.t, self.gan, generator)
 
     def logits(
-        self, x_t: Float[Tensor, "b *s"], t: Float[Tensor, " b"], condition: ClassCondition | None
+        self, x_t: Float[Tensor, "b *s"], t: Float[Tensor, " b"], condition: Condition | None
     ) -> Float[Tensor, "b heads"]:
         """D of noisy pictures; gradients go to x_t and to the heads, never into `network`."""
         with frozen(self.network), captured(self.network, self.head.layers) as features:

@@ -35,7 +35,7 @@ from diffusion_opt.distillation.distribution.adversarial import (
 from diffusion_opt.distillation.distribution.alarms import Alarms, observed, smoothed
 from diffusion_opt.distillation.distribution.f_divergence import DIVERGENCES, divergence_weight
 from diffusion_opt.distillation.distribution.rollout import Noised, StudentRollout
-from diffusion_opt.flow import ClassCondition, VelocityModel, clean_from_velocity, expand_time, velocity_target
+from diffusion_opt.flow import Condition, VelocityModel, clean_from_velocity, expand_time, velocity_target
 from diffusion_opt.training import Role
 from diffusion_opt.training.settings import FREE
 
@@ -139,7 +139,7 @@ class DistributionMatching(StudentRollout):
         return terms | {"matching": matching, "loss": matching + terms["loss"]}
 
     def judge(
-        self, x_t: Float[Tensor, "b *s"], t: Float[Tensor, " b"], condition: ClassCondition | None
+        self, x_t: Float[Tensor, "b *s"], t: Float[Tensor, " b"], condition: Condition | None
     ) -> tuple[Float[Tensor, "b *s"], Float[Tensor, "b heads"] | None]:
         """One pass of the fake score: its velocity, and the logits of the head if there is one."""
         if self.head is None:

@@ -28,8 +28,9 @@ from diffusion_opt.distillation.distribution.alarms import Alarms
 from diffusion_opt.distillation.distribution.dmd import DistributionMatching
 from diffusion_opt.distillation.distribution.rollout import jump
 from diffusion_opt.evaluation.modes import modes_covered, stray_share
-from diffusion_opt.flow import ClassCondition, GaussianMixtureVelocity, Guided, randn
+from diffusion_opt.flow import GaussianMixtureVelocity, Guided, randn
 from diffusion_opt.models import PointVelocity
+from diffusion_opt.subjects import Classes
 from diffusion_opt.training import TrainConfig, train
 
 
@@ -84,8 +85,8 @@ def run_in_plane(
         student=student,
         fake_score=fake_score,
         teacher=teacher if settings.guidance == 1 else Guided(teacher, settings.guidance),
-        image_shape=(2,),
-        num_classes=2,
+        sample_shape=(2,),
+        conditions=Classes(2),
         fake_updates=settings.fake_updates,
         warmup=settings.warmup,
         fake_rate=settings.fake_rate,
@@ -96,7 +97,7 @@ def run_in_plane(
     config = TrainConfig(steps=steps, batch_size=128, learning_rate=2e-3, ema_decay=0.98, betas=(0.0, 0.99), seed=seed)
     result = train(method, config, out, progress)
     noise, ones = randn((num_points, 2), torch.Generator().manual_seed(seed + 1)), torch.ones(num_points)
-    condition = ClassCondition(torch.arange(num_points) % 2, 2)
+    condition = method.conditions[torch.arange(num_points) % 2]
     with torch.no_grad():
         points = jump(result.ema, noise, ones, torch.zeros_like(ones), condition)
     raised = [said for row in result.history if (said := Alarms(after=steps // 10).check(row["step"], row))]

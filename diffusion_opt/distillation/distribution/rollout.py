@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from diffusion_opt.datasets import ImageData
-from diffusion_opt.flow import ClassCondition, VelocityModel, clean_from_velocity, expand_time, interpolate, randn
+from diffusion_opt.flow import Condition, VelocityModel, clean_from_velocity, expand_time, interpolate, randn
+from diffusion_opt.subjects import UNCONDITIONAL, Conditions, Samples
 from diffusion_opt.training import is_sharded
 
 
@@ -36,7 +36,7 @@ def jump(
     x_t: Float[Tensor, "b *s"],
     t: Float[Tensor, " b"],
     r: Float[Tensor, " b"],
-    condition: ClassCondition | None,
+    condition: Condition | None,
 ) -> Float[Tensor, "b *s"]:
     """x_r = x_t - (t - r) u, one pass from t (B,) to r (B,); r = 0 gives the clean prediction.
 
@@ -53,7 +53,7 @@ class Noised:
     x: Float[Tensor, "b *s"]
     noise: Float[Tensor, "b *s"]
     t: Float[Tensor, " b"]
-    condition: ClassCondition | None
+    condition: Condition | None
     x_t: Float[Tensor, "b *s"]
 
     def clean(self, model: VelocityModel) -> Float[Tensor, "b *s"]:
@@ -69,11 +69,11 @@ class StudentRollout(ABC):
     """
 
     student: nn.Module
-    image_shape: tuple[int, ...]  # of one picture; (2,) for points in the plane
-    num_classes: int  # 0: no classes, and no condition
+    sample_shape: tuple[int, ...]  # of one picture or clip; (2,) for points in the plane
+    conditions: Conditions = UNCONDITIONAL  # what may be asked for; by default nothing
     times: tuple[float, ...] = (1.0,)  # the ladder, from 1 down; the step to 0 is understood
     between: Literal["noise", "jump"] = "noise"
-    data: ImageData | None = None
+    data: Samples | None = None
     from_data: bool = False  # start at rungs below 1 from noised data instead of the student's own points
     fake_updates: int = 4  # of the critic between two of the student (K - 1)
     warmup: int = 50  # updates of the critic before the first of the student
@@ -118,15 +118,13 @@ class StudentRollout(ABC):
     def critic_losses(self, batch: Noised, generator: torch.Generator) -> dict[str, Tensor]:
         """The same for the critic."""
 
-    def generate(
-        self, generator: torch.Generator, batch_size: int
-    ) -> tuple[Float[Tensor, "b *s"], ClassCondition | None]:
-        """Pictures of the student from random rungs with random classes; the gradient goes through the last pass."""
-        noise = randn((batch_size, *self.image_shape), generator)
+    def generate(self, generator: torch.Generator, batch_size: int) -> tuple[Float[Tensor, "b *s"], Condition | None]:
+        """Pictures of the student from random rungs with random conditions; the gradient goes through the last pass."""
+        noise = randn((batch_size, *self.sample_shape), generator)
         if self.from_data:
             clean, condition = self.real(generator, batch_size)
         else:
-            condition = random_condition(self.num_classes, batch_size, generator)
+            condition = self.conditions.draw(batch_size, generator)
         rungs = torch.randint(len(self.times), (batch_size,), generator=generator, device=generator.device)
         ladder = torch.tensor([*self.times, 0.0], device=generator.device)
         if self.from_data:
@@ -147,7 +145,7 @@ class StudentRollout(ABC):
     def simulate(
         self,
         noise: Float[Tensor, "b *s"],
-        condition: ClassCondition | None,
+        condition: Condition | None,
         rungs: Int[Tensor, " b"],
         generator: torch.Generator,
     ) -> Float[Tensor, "b *s"]:
@@ -170,15 +168,7 @@ class StudentRollout(ABC):
         """Who takes part in a pass of the student: the wanted ones, or all if it (or what it adapts) is sharded."""
         return (wanted | is_sharded(getattr(self.student, "base", self.student))).nonzero().squeeze(1)
 
-    def real(self, generator: torch.Generator, batch_size: int) -> tuple[Float[Tensor, "b *s"], ClassCondition | None]:
-        """Random pictures of the data with their classes."""
-        index = torch.randint(len(self.data), (batch_size,), generator=generator, device=generator.device)
-        labels = self.data.labels[index]
-        return self.data.images[index], ClassCondition(labels, self.num_classes) if self.num_classes else None
-
-
-def random_condition(num_classes: int, num: int, generator: torch.Generator) -> ClassCondition | None:
-    """`num` random classes, or None if there are none."""
-    if not num_classes:
-        return None
-    return ClassCondition(torch.randint(num_classes, (num,), generator=generator, device=generator.device), num_classes)
+    def real(self, generator: torch.Generator, batch_size: int) -> tuple[Float[Tensor, "b *s"], Condition | None]:
+        """Random pictures of the data with their conditions, if the student takes any."""
+        x, condition = self.data.draw(batch_size, generator)
+        return x, condition if len(self.conditions) else None

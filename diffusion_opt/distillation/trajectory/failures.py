@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.datasets import ImageData
 from diffusion_opt.distillation.trajectory.flow_map_distillation import METHODS, FlowMapDistillation, FlowMapSettings
 from diffusion_opt.flow import VelocityModel, expand_time, interpolate, randn
+from diffusion_opt.subjects import Samples
 
 
 class FreshNoise(FlowMapDistillation):
@@ -51,9 +51,7 @@ class Failure:
     broken_class: type[FlowMapDistillation] = FlowMapDistillation
     broken_waves: int = 4  # width of the broken student's time embedding, `PointVelocity(waves=…)`; the cured has 4
 
-    def distiller(
-        self, cured: bool, student: nn.Module, teacher: VelocityModel, data: ImageData
-    ) -> FlowMapDistillation:
+    def distiller(self, cured: bool, student: nn.Module, teacher: VelocityModel, data: Samples) -> FlowMapDistillation:
         """The broken or the cured method, ready for `train`; the student's kind is `self.cured.two_time`."""
         if cured:
             return FlowMapDistillation(student, teacher, data, self.cured)

@@ -26,7 +26,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusion_opt.datasets import ImageData
 from diffusion_opt.distillation.trajectory.flow_map import (
     Velocity,
     hop_target,
@@ -36,7 +35,8 @@ from diffusion_opt.distillation.trajectory.flow_map import (
 )
 from diffusion_opt.distillation.trajectory.guidance import check_scales, draw_scales, guided_velocity
 from diffusion_opt.distillation.trajectory.metrics import DISTANCES
-from diffusion_opt.flow import ClassCondition, VelocityModel, expand_time, interpolate, randn, velocity_target
+from diffusion_opt.flow import Condition, VelocityModel, expand_time, interpolate, randn, velocity_target
+from diffusion_opt.subjects import Samples
 from diffusion_opt.training import Role
 
 
@@ -106,7 +106,7 @@ class FlowMapDistillation:
 
     student: nn.Module
     teacher: VelocityModel
-    data: ImageData | None
+    data: Samples | None
     settings: FlowMapSettings = FlowMapSettings()
     share: float = field(default=0.0, init=False)  # of training that is done, as the loop last told it
 
@@ -130,9 +130,8 @@ class FlowMapDistillation:
 
     def losses(self, generator: torch.Generator, batch_size: int, turn: str = "student") -> dict[str, Tensor]:
         """Distance between u(x_t, t, r) and u*, over random pictures, noise and times."""
-        device, settings = generator.device, self.settings
-        index = torch.randint(len(self.data), (batch_size,), generator=generator, device=device)
-        x, condition = self.data.images[index], ClassCondition(self.data.labels[index], len(self.data.class_names))
+        settings = self.settings
+        x, condition = self.data.draw(batch_size, generator)
         noise = randn(tuple(x.shape), generator)
         t, s, r = sample_times(settings, batch_size, generator, self.share)
         scale = None if settings.guidance is None else draw_scales(batch_size, settings.guidance, generator)
@@ -156,7 +155,7 @@ class FlowMapDistillation:
         """e - x: the line through x_t also passes x_s."""
         return velocity_target(x, noise)
 
-    def jump(self, condition: ClassCondition, scale: Float[Tensor, " b"] | None = None) -> Velocity:
+    def jump(self, condition: Condition, scale: Float[Tensor, " b"] | None = None) -> Velocity:
         """The student as u(x, t, r) under a condition; one that knows one time jumps to 0 whatever r is."""
         if self._given_r:
             return lambda x, t, r: self.student(x, t, condition, r=r)
@@ -170,7 +169,7 @@ class FlowMapDistillation:
         t: Float[Tensor, " b"],
         s: Float[Tensor, " b"],
         r: Float[Tensor, " b"],
-        condition: ClassCondition,
+        condition: Condition,
         from_data: Float[Tensor, "b *s"],
         scale: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b *s"]:

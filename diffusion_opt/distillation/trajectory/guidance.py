@@ -20,9 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.datasets import ImageData
 from diffusion_opt.flow import (
-    ClassCondition,
     Condition,
     VelocityModel,
     expand_time,
@@ -30,6 +28,7 @@ from diffusion_opt.flow import (
     logit_normal_times,
     randn,
 )
+from diffusion_opt.subjects import Samples
 from diffusion_opt.training import Role
 
 
@@ -67,7 +66,7 @@ class GuidanceDistillation:
 
     student: nn.Module
     teacher: VelocityModel
-    data: ImageData
+    data: Samples
     scales: tuple[float, float]
 
     def __post_init__(self) -> None:
@@ -82,9 +81,7 @@ class GuidanceDistillation:
 
     def losses(self, generator: torch.Generator, batch_size: int, turn: str = "student") -> dict[str, Tensor]:
         """Mean squared difference between the student's pass and the guided teacher's."""
-        device = generator.device
-        index = torch.randint(len(self.data), (batch_size,), generator=generator, device=device)
-        x, condition = self.data.images[index], ClassCondition(self.data.labels[index], len(self.data.class_names))
+        x, condition = self.data.draw(batch_size, generator)
         t = logit_normal_times(batch_size, generator)
         x_t = interpolate(x, randn(tuple(x.shape), generator), t)
         scale = draw_scales(batch_size, self.scales, generator)

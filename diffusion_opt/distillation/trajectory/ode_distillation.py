@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffusion_opt.distillation.trajectory.metrics import pseudo_huber
 from diffusion_opt.distillation.trajectory.pairs import OdePairs
-from diffusion_opt.flow import ClassCondition, expand_time
+from diffusion_opt.flow import expand_time
 from diffusion_opt.training import Role
 
 
@@ -55,6 +55,6 @@ class OdeDistillation:
         rung = stride * torch.randint(self.steps, (batch_size,), generator=generator, device=device)
         x_t, x_r = pairs.states[index, rung], pairs.states[index, rung + stride]
         t, r = pairs.times[rung], pairs.times[rung + stride]
-        velocity = self.model(x_t, t, ClassCondition(pairs.labels[index], pairs.num_classes))
+        velocity = self.model(x_t, t, pairs.conditions[pairs.labels[index]])
         jump = x_t - expand_time(t - r, x_t) * velocity
         return {"loss": pseudo_huber(jump - x_r).mean(), "squared_error": (jump - x_r).detach().square().mean()}

@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.datasets import ImageData
 from diffusion_opt.distillation.trajectory.metrics import pseudo_huber
-from diffusion_opt.flow import ClassCondition, Condition, VelocityModel, expand_time, interpolate, randn
+from diffusion_opt.flow import Condition, VelocityModel, expand_time, interpolate, randn
+from diffusion_opt.subjects import Samples
 from diffusion_opt.training import Role, TrainConfig, TrainResult, train
 
 
@@ -58,7 +58,7 @@ class ProgressiveDistillation:
 
     student: nn.Module
     teacher: VelocityModel
-    data: ImageData
+    data: Samples
     steps: int
     hops: int = 2
 
@@ -76,8 +76,7 @@ class ProgressiveDistillation:
     def losses(self, generator: torch.Generator, batch_size: int, turn: str = "student") -> dict[str, Tensor]:
         """Pseudo-Huber distance between the student's step and the teacher's, over random pictures and rungs."""
         device = generator.device
-        index = torch.randint(len(self.data), (batch_size,), generator=generator, device=device)
-        x, condition = self.data.images[index], ClassCondition(self.data.labels[index], len(self.data.class_names))
+        x, condition = self.data.draw(batch_size, generator)
         rung = torch.randint(1, self.steps + 1, (batch_size,), generator=generator, device=device)
         t, r = rung / self.steps, (rung - 1) / self.steps
         x_t = interpolate(x, randn(tuple(x.shape), generator), t)
@@ -88,7 +87,7 @@ class ProgressiveDistillation:
 def train_progressively(
     teacher: VelocityModel,
     student: nn.Module,
-    data: ImageData,
+    data: Samples,
     stages: Sequence[int],
     config: TrainConfig,
     out: Path,

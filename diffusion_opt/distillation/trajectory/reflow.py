@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diffusion_opt.distillation.trajectory.metrics import pseudo_huber
 from diffusion_opt.distillation.trajectory.pairs import OdePairs
-from diffusion_opt.flow import ClassCondition, interpolate, velocity_target
+from diffusion_opt.flow import interpolate, velocity_target
 from diffusion_opt.training import Role
 
 
@@ -65,7 +65,7 @@ class Reflow:
         index = torch.randint(len(pairs), (batch_size,), generator=generator, device=generator.device)
         noise, x = pairs.states[index, 0], pairs.states[index, -1]
         t = u_shaped_times(batch_size, generator)
-        condition = ClassCondition(pairs.labels[index], pairs.num_classes)
+        condition = pairs.conditions[pairs.labels[index]]
         velocity = self.student(interpolate(x, noise, t), t, condition)
         squared_error = (velocity.detach() - velocity_target(x, noise)).square().mean()
         return {"loss": reflow_loss(velocity, x, noise), "squared_error": squared_error}
