@@ -30,6 +30,7 @@ from diffusion_opt.models.fingerprint import identity
 from diffusion_opt.subjects import Beginning, ClassConditional, Sampling, Subject, denoisers
 from diffusion_opt.training import TrainConfig, TrainResult, is_sharded, processes, train
 from diffusion_opt.training.lora import Adapted, LoraSettings, adapters, merged, save_lora
+from diffusion_opt.training.settings import not_finite, settings_of
 
 # Measured results: the model's card, data/models/<name>/README.md.
 TEACHERS = {
@@ -95,7 +96,7 @@ def make_student(
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             task = replace(task, pairs=_pairs(task, plan, pairs_folder or out / "pairs", device, progress))
     distiller = method.build(task)
-    belongs |= {"settings": record.settings_of(distiller)}
+    belongs |= {"settings": settings_of(distiller)}
     record.check(out, belongs)
     belongs |= {"training": record.as_json(asdict(config))}
     record.note(out, belongs, finished=False)
@@ -163,9 +164,8 @@ def check_method(method: Method, subject: Subject) -> None:
 @torch.no_grad()
 def check_teacher(subject: Subject) -> None:
     """Raises FloatingPointError if the teacher's weights, or its velocity at noise, are not finite."""
-    for name, weight in subject.network.named_parameters():
-        if not weight.isfinite().all():
-            raise FloatingPointError(f"the teacher {subject.name!r} holds NaN or infinity in {name}: nothing was made")
+    if (name := not_finite(subject.network)) is not None:
+        raise FloatingPointError(f"the teacher {subject.name!r} holds NaN or infinity in {name}: nothing was made")
     device = next(subject.network.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     noise, times = randn((1, *subject.sample_shape), generator), torch.full((1,), 0.5, device=device)

@@ -8,7 +8,7 @@ decides over the weights beside the `TrainConfig`, which the checkpoint holds, a
     teacher     the subject's identity: weights, scheduler, conditions
     start       the identity of the network that training begins from
     data        a fingerprint of the real samples
-    settings    the numbers of the `Distiller`, such as hops, distance, alpha, warm-up of the critic
+    settings    the plain values of the `Distiller` (`training.settings`): hops, distance, alpha, warm-up of the critic
     finished    whether training came to its end
 
 A folder with a checkpoint but without this file cannot say whose it is, and is refused too.
@@ -16,13 +16,12 @@ A folder with a checkpoint but without this file cannot say whose it is, and is 
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusion_opt.datasets import read_json, write_json
 from diffusion_opt.subjects.subject import described, same_source
-from diffusion_opt.training import Distiller, processes
+from diffusion_opt.training import processes
 from diffusion_opt.training.checkpoint import CHECKPOINT
 
 RECORD = "student.json"
@@ -31,32 +30,9 @@ _NOT_COMPARED = ("teacher", "start", "training", "finished")  # paths: what lies
 _REMEDY = "choose another folder, or delete this one and begin anew"
 
 
-def settings_of(distiller: Distiller) -> dict[str, Any]:
-    """The settings of a method, as JSON has them: every field that is a number, a text, or made of these.
-
-    Networks, data and tensors are not settings; what they are is recorded elsewhere.
-    """
-    found = {}
-    for item in fields(distiller) if is_dataclass(distiller) else ():
-        value = getattr(distiller, item.name)
-        if item.init and _is_plain(value):
-            found[item.name] = json.loads(json.dumps(asdict(value) if is_dataclass(value) else value))
-        elif is_dataclass(owner := getattr(value, "__self__", None)):  # the loss of another method, as in rCM
-            found[item.name] = settings_of(owner)
-    return found | {"method": type(distiller).__name__}
-
-
 def as_json(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record as it comes back from a file: tuples are lists."""
     return json.loads(json.dumps(record))
-
-
-def _is_plain(value: Any) -> bool:
-    if is_dataclass(value) and not isinstance(value, type):
-        return all(_is_plain(getattr(value, item.name)) for item in fields(value))
-    if isinstance(value, tuple | list):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def read(out: Path) -> dict[str, Any] | None:

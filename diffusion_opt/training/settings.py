@@ -72,6 +72,8 @@ def _flat(prefix: str, value: object) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, Mapping):
         for name, part in value.items():
             yield from _flat(f"{prefix}.{name}".lstrip("."), part)
+    elif is_dataclass(owner := getattr(value, "__self__", None)):  # the loss of another method, as in rCM
+        yield from _flat(prefix, owner)
     elif _is_plain(value):
         yield prefix, _as_json(value)
 

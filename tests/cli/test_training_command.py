@@ -105,7 +105,9 @@ def test_nothing_follows_a_start_that_was_interrupted(
         return pipe, replace(result, finished=False)
 
     monkeypatch.setattr(starts, "make_student", interrupted)
-    main(["distill", "--teacher", teacher, "--method", "dmd2", "--steps", "1"])
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--teacher", teacher, "--method", "dmd2", "--steps", "1"])
+    assert stop.value.code == 130
     assert capsys.readouterr().out.endswith("stopped; run the same command to go on\n")
     assert not Path("runs/small-1step-dmd2/pipeline").exists()
 
