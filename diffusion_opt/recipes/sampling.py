@@ -10,14 +10,17 @@ guidance become the pipeline's defaults (`models/call_defaults.py`): what a call
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from diffusion_opt.datasets import read_json
 from diffusion_opt.models import flow_scheduler
 from diffusion_opt.models.call_defaults import call_defaults, drop_call_defaults, set_call_defaults
+from diffusion_opt.models.opening import DENOISERS, read_index
 from diffusion_opt.models.zoo import QUANTIZED, locate, open_pipeline
 from diffusion_opt.quantization.packed.storage import load_quantized
 from diffusion_opt.subjects import denoisers
@@ -115,8 +118,9 @@ class Student:
         networks = denoisers(pipe)
         if any(hasattr(part, "_hf_hook") for part in networks.values()):
             raise ValueError("Student: this pipeline is offloaded; apply the student first and offload then")
-        student = self._opened(pipe, networks)
-        self._check(denoisers(student), networks)
+        folder = locate(self.model)
+        self._check(folder, networks)
+        student = self._opened(folder, pipe, networks)
         names = [name for name in (*networks, "scheduler", "class_embedder") if hasattr(pipe, name)]
         settings = [name for name in _OWN_SETTINGS if name in pipe.config and name in student.config]
         _remember(
@@ -140,9 +144,9 @@ class Student:
         pipe.register_to_config(**state["settings"])
         drop_call_defaults(pipe, "Student")
 
-    def _opened(self, pipe: DiffusionPipeline, networks: dict[str, nn.Module]) -> DiffusionPipeline:
+    def _opened(self, folder: Path, pipe: DiffusionPipeline, networks: dict[str, nn.Module]) -> DiffusionPipeline:
         """The student's pipeline around the teacher's other parts, in its type and on its device."""
-        dtype, folder = next(iter(networks.values())).dtype, locate(self.model)
+        dtype = next(iter(networks.values())).dtype
         if (folder / QUANTIZED).is_file():
             return load_quantized(folder, dtype=dtype, device=pipe.device)
         own = {*networks, "scheduler", "class_embedder"}
@@ -153,20 +157,22 @@ class Student:
                 part.to(pipe.device)
         return student
 
-    def _check(self, students: dict[str, nn.Module], teachers: dict[str, nn.Module]) -> None:
-        """Raise ValueError unless the networks take each other's place."""
+    def _check(self, folder: Path, teachers: dict[str, nn.Module]) -> None:
+        """Raise ValueError unless the networks of the folder take the place of these; nothing is opened for that."""
+        index = read_index(folder)
+        students = {name: index[name][1] for name in DENOISERS if isinstance(index.get(name), list) and index[name][1]}
         if students.keys() != teachers.keys():
             raise ValueError(
                 f"Student: {self.model} denoises with {', '.join(students)}, the pipeline with {', '.join(teachers)}"
             )
         for name, teacher in teachers.items():
-            student = students[name]
-            if type(student) is not type(teacher):
+            if students[name] != type(teacher).__name__:
                 raise ValueError(
-                    f"Student: {self.model} has a {type(student).__name__}, the pipeline a {type(teacher).__name__}"
+                    f"Student: {self.model} has a {students[name]}, the pipeline a {type(teacher).__name__}"
                 )
+            config = read_json(folder / name / "config.json", "save the student again")
             for key in _SHAPES:
-                ours, theirs = (_plain(network.config.get(key)) for network in (teacher, student))
+                ours, theirs = (_plain(found.get(key)) for found in (teacher.config, config))
                 if ours != theirs:
                     raise ValueError(f"Student: {self.model} has {key}={theirs}, the pipeline {ours}")
 
