@@ -20,13 +20,12 @@ import tyro
 from diffusion_opt.cli.options import RUNS, settle, writable
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import DiffusionPipeline
     from rich.table import Table
 
     from diffusion_opt.quantization import PTQ, LayerChoice, QuantizationReport
     from diffusion_opt.quantization.mixed.sensitivity import Probe
-    from diffusion_opt.quantization.mixed.trajectory_points import Generate
+    from diffusion_opt.subjects import Run
 
 FormatName = Literal[
     "dynamic_int8",
@@ -102,21 +101,22 @@ def quantize(
     from diffusion_opt.quantization import quantization_report
     from diffusion_opt.quantization.mixed.sensitivity import record_probe
     from diffusion_opt.quantization.packed.storage import load, save_quantized
+    from diffusion_opt.subjects import Run
 
     pipe = load(model)
     pipe.set_progress_bar_config(disable=True)
-    generate = _generate(prompts)
+    run = Run(prompts) if prompts else None
     choices = _choices(pipe, format, skip, first_blocks, last_blocks)
-    probe = record_probe(pipe, samples, torch.Generator().manual_seed(seed + UNSEEN), generate=generate)
+    probe = record_probe(pipe, samples, torch.Generator().manual_seed(seed + UNSEEN), run=run)
     errors: dict[str, float] = {}
     if format == (REAL,):
         formats = _real(pipe, choices, attention)
     else:
-        layers = _formats(pipe, choices, format, bits, seed, generate)
-        technique = _technique(layers, prompts, calibrate, seed)
+        layers = _formats(pipe, choices, format, bits, seed, run)
+        technique = _technique(pipe, layers, run, calibrate, seed)
         formats = {name: found.name for name, found in technique.formats(pipe.transformer).items()}
         training = None if qat_minutes is None else (qat_minutes, seed, RUNS / "quantize" / out.name)
-        errors |= _apply(pipe, technique, attention, training, generate, probe)
+        errors |= _apply(pipe, technique, attention, training, run, probe)
     errors["as saved"] = _error(pipe, probe)
     save_quantized(pipe, out)
     console = Console()
@@ -158,17 +158,6 @@ def _check(format: tuple[str, ...], bits: float | None, calibrate: int, minutes:
         raise ValueError(f"--qat-minutes must be above 0, got {minutes}")
 
 
-def _generate(prompts: tuple[str, ...]) -> "Generate":
-    """How the float model is sampled: random classes, or these prompts in turn."""
-    from diffusion_opt.quantization.mixed.trajectory_points import random_classes
-
-    def in_turn(pipe: "DiffusionPipeline", number: int, generator: "torch.Generator") -> None:
-        chosen = [prompts[index % len(prompts)] for index in range(number)]
-        pipe(prompt=chosen, generator=generator, output_type="latent")
-
-    return in_turn if prompts else random_classes
-
-
 def _choices(
     pipe: "DiffusionPipeline", format: tuple[str, ...], skip: tuple[str, ...], first_blocks: int, last_blocks: int
 ) -> "list[LayerChoice]":
@@ -202,7 +191,7 @@ def _formats(
     format: tuple[str, ...],
     bits: float | None,
     seed: int,
-    generate: "Generate",
+    run: "Run | None",
 ) -> dict[str, str]:
     """One format for every layer, or the best mixture of this size; prints what each layer minds."""
     chosen = {choice.name: (choice.name,) for choice in choices if choice.quantized}
@@ -213,21 +202,22 @@ def _formats(
     from diffusion_opt.quantization.mixed.allocation import allocate
     from diffusion_opt.quantization.mixed.sensitivity import record_probe, sensitivity
 
-    probe = record_probe(pipe, 10, torch.Generator().manual_seed(seed), generate=generate)
+    probe = record_probe(pipe, 10, torch.Generator().manual_seed(seed), run=run)
     found = sensitivity(pipe, probe, format, groups=chosen, progress=True)
     allocation = allocate(found, bits_per_weight=bits)
     print(found, allocation, sep="\n", flush=True)
     return allocation.layers
 
 
-def _technique(layers: dict[str, str], prompts: tuple[str, ...], calibrate: int, seed: int) -> "PTQ":
+def _technique(
+    pipe: "DiffusionPipeline", layers: dict[str, str], run: "Run | None", calibrate: int, seed: int
+) -> "PTQ":
     from diffusion_opt.quantization import PTQ
+    from diffusion_opt.subjects import Run
 
     batch = min(calibrate, 10)
-    return PTQ(
-        layers=layers, prompts=prompts or None, calibration_batches=-(-calibrate // batch), batch_size=batch,
-        seed=seed, progress=True,
-    )  # fmt: skip
+    run = Run.for_pipeline(pipe, batch_size=batch, seed=seed) if run is None else replace(run, seed=seed)
+    return PTQ(layers=layers, run=run, samples=calibrate, progress=True)
 
 
 def _apply(
@@ -235,7 +225,7 @@ def _apply(
     technique: "PTQ",
     attention: str | None,
     training: tuple[float, int, Path] | None,
-    generate: "Generate",
+    run: "Run | None",
     probe: "Probe",
 ) -> dict[str, float]:
     """Quantize, train if asked to (minutes, seed, folder), and pack. Returns the error before training, if any."""
@@ -251,7 +241,7 @@ def _apply(
         errors["before training"] = _error(pipe, probe)
         for one in reversed(techniques):
             one.remove(pipe)
-        quantization_aware(pipe, techniques, replace(QAT, minutes=minutes, seed=seed), folder, generate=generate)
+        quantization_aware(pipe, techniques, replace(QAT, minutes=minutes, seed=seed), folder, run=run)
     pack(pipe)
     return errors
 

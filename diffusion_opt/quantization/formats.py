@@ -117,6 +117,11 @@ class Format:
         return self.input is not None and self.input.per == "tensor" and self.algorithm == "max"
 
     @property
+    def needs_data(self) -> bool:
+        """Whether calibration has to show inputs to it: for a fixed range of inputs, for smoothing or for a branch."""
+        return self.changes_weights or (self.input is not None and self.input.calibrated)
+
+    @property
     def changes_weights(self) -> bool:
         """Whether the algorithm changes the stored weights: part of them moves into inputs or a branch."""
         return self.algorithm != "max"

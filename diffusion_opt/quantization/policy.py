@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from diffusion_opt.models.block_stack import block_stack
+from diffusion_opt.quantization.guards import refuse_adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,7 @@ def choose(
     """
     policy = policy_for(transformer)
     linears = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-    adapters = [name for name in linears if ".lora_" in name]
-    if adapters:
-        raise ValueError(f"{adapters[0]} is a LoRA layer: fuse it with pipe.fuse_lora() before you quantize")
+    refuse_adapters(transformer, "quantize")
     kept = [*policy.kept, *(Kept(pattern, f"skipped by {pattern!r}") for pattern in _checked(skip, linears))]
     kept += _end_blocks(transformer, first_blocks, last_blocks)
     choices = []

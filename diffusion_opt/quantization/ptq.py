@@ -3,22 +3,28 @@
     PTQ("nvfp4_svdquant").apply(pipe)                              one format for all layers the policy chooses
     PTQ(layers={"proj_out": "int8", …}).apply(pipe)                a format for each layer: mixed precision
 
+    PTQ("fp8", run=Run(("a cat",), num_inference_steps=28, height=1024, width=1024), samples=8).apply(pipe)
+
 Which layers, the family's policy says (`policy.py`); what a format is, `formats.py`; how it is put on, `simulate.py`.
-Ranges of inputs that a format fixes beforehand come from the pipeline's own trajectories (`calibration.py`). Weights
-need no data. This answers what a format does to the images, and nothing else: it runs slower than float32 and stores
-full weights. For time, use a real kernel (`int8_cpu.py`).
+Ranges of inputs that a format fixes beforehand come from the pipeline's own trajectories (`calibration.py`), of the run
+that the user will ask for: its prompts, size, frames, picture, steps and guidance. Weights need no data, nor do formats
+that round no inputs or find their ranges in each call. All denoisers of a pipeline are quantized. This answers what a
+format does to the images, and nothing else: it runs slower than float32 and stores full weights. For time, use a real
+kernel (`int8_cpu.py`, `w8a8.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffusion_opt.quantization.formats import Format, format_named
 from diffusion_opt.quantization.policy import as_tuple, choose
-from diffusion_opt.quantization.simulation.calibration import class_prompts, run_trajectories
-from diffusion_opt.quantization.simulation.simulate import Ranges, restore, simulate
+from diffusion_opt.quantization.simulation.calibration import run_or_classes, run_trajectories
+from diffusion_opt.quantization.simulation.simulate import UNDO, Ranges, restore, simulate_networks
+from diffusion_opt.subjects import Run, denoisers
 
 RANGES = ("max", "percentile", "mse")
 
@@ -27,7 +33,7 @@ RANGES = ("max", "percentile", "mse")
 class PTQ:
     """Technique: simulated quantization of linear layers by nvidia-modelopt, for its quality and not for its time.
 
-    Calibrates on `calibration_batches` batches of the pipeline's own samples.
+    Calibrates on `samples` of the pipeline's own samples, made as `run` says.
     """
 
     format: str = "int8"  # a name in FORMATS; not used where `layers` says it for each layer
@@ -38,31 +44,25 @@ class PTQ:
     rank: int | None = None  # of the low-rank branch of nvfp4_svdquant; None: the format's own
     ranges: Ranges = "max"  # of inputs with one fixed scale: largest seen, percentile, or least squared error
     percentile: float = 99.99  # of sizes of inputs, for ranges="percentile"
-    prompts: Sequence[str] | None = None  # None: all classes of the pipeline in turn
-    calibration_batches: int = 4
-    batch_size: int = 10
-    num_inference_steps: int | None = None  # None: the pipeline's own, right for few-step students
-    guidance_scale: float | None = None  # None: the pipeline's own
-    seed: int = 0
+    run: Run | None = None  # how the pipeline is sampled; None: all its classes, its own steps and guidance
+    samples: int = 40
     progress: bool = False
 
     def __post_init__(self) -> None:
         for name in {self.format, *(self.layers or {}).values()}:
             format_named(name)
-        counts = {name: getattr(self, name) for name in ("calibration_batches", "batch_size", "num_inference_steps")}
-        for name, count in {**counts, "rank": self.rank}.items():
+        for name in ("samples", "rank"):
+            count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be 1 or more, got {count}")
         if self.ranges not in RANGES:
             raise ValueError(f"ranges must be one of {', '.join(RANGES)}, got {self.ranges!r}")
         if not 0 < self.percentile <= 100:
             raise ValueError(f"percentile must lie in (0, 100], got {self.percentile}")
-        if self.prompts is not None and not self.prompts:
-            raise ValueError("prompts must not be empty; None takes the classes of the pipeline")
         if self.layers is not None and (self.skip or self.first_blocks or self.last_blocks):
             raise ValueError("layers names every layer itself: leave out skip, first_blocks and last_blocks")
         object.__setattr__(self, "skip", as_tuple("skip", self.skip))
-        object.__setattr__(self, "prompts", None if self.prompts is None else as_tuple("prompts", self.prompts))
+        object.__setattr__(self, "run", Run(**self.run) if isinstance(self.run, Mapping) else self.run)  # from JSON
         object.__setattr__(self, "layers", None if self.layers is None else dict(self.layers))
 
     def formats(self, transformer: nn.Module) -> dict[str, Format]:
@@ -85,27 +85,35 @@ class PTQ:
         return {name: format.with_rank(self.rank) if format.rank else format for name, format in found.items()}
 
     def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
-        """Quantize in place, calibrate, and return the pipeline, unchanged if this raises.
+        """Quantize all denoisers in place, calibrate, and return the pipeline, unchanged if this raises.
 
         Raises ImportError if modelopt or onnx is missing (without onnx modelopt drops its attention support silently),
-        ValueError if the family has no policy, nothing is left to quantize, or the model is quantized already.
+        ValueError if nothing is left to quantize, the model is quantized already, a LoRA is on it, the pipeline cannot
+        be called as `run` says, or a layer saw too few samples.
         """
-        prompts = self.prompts or class_prompts(pipe)
-
-        def run() -> None:
-            counts = (self.calibration_batches, self.batch_size, self.num_inference_steps)
-            run_trajectories(pipe, prompts, *counts, self.guidance_scale, self.seed, self.progress)
-
-        simulate(pipe.transformer, self.formats(pipe.transformer), run, self.ranges, self.percentile)
+        networks = denoisers(pipe)
+        formats = {name: self.formats(network) for name, network in networks.items()}
+        needs_data = any(format.needs_data for own in formats.values() for format in own.values())
+        loop = self._loop(pipe) if needs_data else None
+        simulate_networks(networks, formats, loop, self.ranges, self.percentile, least=self.samples)
         return pipe
+
+    def _loop(self, pipe: DiffusionPipeline) -> Callable[[], None]:
+        """Runs the calibration once. Raises ValueError if the pipeline cannot be called so."""
+        run = run_or_classes(pipe, self.run, self.samples)
+        return partial(run_trajectories, pipe, run, self.samples, self.progress)
 
     def remove(self, pipe: DiffusionPipeline) -> None:
         """Take every quantizer out again and put changed weights back. Raises ValueError if there are none."""
-        restore(pipe.transformer)
+        networks = denoisers(pipe).values()
+        if not all(hasattr(network, UNDO) for network in networks):
+            raise ValueError("cannot remove modelopt's quantizers from this pipeline: they were not applied")
+        for network in networks:
+            restore(network)
 
     def describe(self) -> str:
-        what = self.format if self.layers is None else "+".join(sorted(set(self.layers.values())))
-        return (
-            f"{what.upper()} linears, simulated by modelopt (quality only, not faster), "
-            f"calibrated on {self.calibration_batches * self.batch_size} samples"
-        )
+        names = {self.format} if self.layers is None else set(self.layers.values())
+        what = f"{'+'.join(sorted(names)).upper()} linears, simulated by modelopt (quality only, not faster)"
+        if not any(format_named(name).needs_data for name in names):
+            return what
+        return f"{what}, calibrated on {self.samples} samples"

@@ -36,11 +36,12 @@ from torch import Tensor, nn
 from diffusion_opt.quantization.mixed.trajectory_points import (
     Generate,
     TrajectoryPoints,
-    random_classes,
+    only_denoiser,
     squared_error,
     trajectory_points,
     velocity_error,
 )
+from diffusion_opt.subjects import Run
 from diffusion_opt.training import Role, TrainConfig, train
 
 # The rate at an error of 1. Measured: benchmarks/results/quantization.json, "learning_rate".
@@ -68,11 +69,11 @@ class SelfDistillation:
 
     student: nn.Module
     teacher: DiffusionPipeline
-    generate: Generate = random_classes
+    run: Run | Generate | None = None
 
     def __post_init__(self) -> None:
         look = torch.Generator(self.teacher.device).manual_seed(0)
-        points = trajectory_points(self.teacher, _FIRST_LOOK, look, self.generate)
+        points = trajectory_points(self.teacher, _FIRST_LOOK, look, self.run)
         self.passes = len(points) // _FIRST_LOOK  # of a sample
         self.start_error = velocity_error(self.student, points)
         if not _NOISE < self.start_error < float("inf"):
@@ -90,7 +91,7 @@ class SelfDistillation:
 
     def points(self, generator: torch.Generator, batch_size: int) -> TrajectoryPoints:
         """`batch_size` passes of fresh samples, in random order; all from the generator."""
-        points = trajectory_points(self.teacher, -(-batch_size // self.passes), generator, self.generate)
+        points = trajectory_points(self.teacher, -(-batch_size // self.passes), generator, self.run)
         order = torch.randperm(len(points), generator=generator, device=generator.device)
         return points[order[:batch_size]]
 
@@ -106,22 +107,21 @@ def quantization_aware(
     config: TrainConfig,
     out: Path,
     *,
-    generate: Generate = random_classes,
+    run: Run | Generate | None = None,
     progress: bool = True,
 ) -> DiffusionPipeline:
     """Quantize a pipeline in place and train it to its float self; resumes from `out`. Returns the pipeline.
 
     The techniques are applied in order and stay on: the result is sampled as it is, and the weights are the average
-    over training. `generate` says how to sample the float pipeline (default: random classes, its own steps). Raises
+    over training. `run` says how to sample the float pipeline (default: random classes, its own steps). Raises
     ValueError if a technique refuses the pipeline, which is then as it was, if the pipeline has two transformers, or if
     `out` holds another run.
     """
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise ValueError(f"this {type(pipe).__name__} has two transformers: train pipelines with one")
+    only_denoiser(pipe)
     teacher = copy.deepcopy(pipe)
     teacher.transformer.requires_grad_(False)
     apply_all(pipe, technique if isinstance(technique, Sequence) else [technique])
-    result = train(SelfDistillation(pipe.transformer, teacher, generate), config, out, progress)
+    result = train(SelfDistillation(pipe.transformer, teacher, run), config, out, progress)
     pipe.transformer.load_state_dict(result.ema.state_dict())
     return pipe
 

@@ -4,10 +4,17 @@ import torch
 from small_pipelines import generate, small_pipeline
 from torch import Tensor
 
+from diffusion_opt.datasets import FASHION_CLASSES
 from diffusion_opt.models import TinyFlux2Pipeline
 from diffusion_opt.quantization import PTQ, choose, pack
+from diffusion_opt.subjects import Run
 
-__all__ = ["anatomy", "chosen", "error", "generate", "packed", "simulated", "small_pipeline"]
+__all__ = ["anatomy", "chosen", "classes", "error", "generate", "packed", "simulated", "small_pipeline"]
+
+
+def classes(**settings: object) -> Run:
+    """A run of all classes of the small pipelines."""
+    return Run(FASHION_CLASSES, **{"batch_size": 10} | settings)
 
 
 def chosen(format: str) -> list[str]:
@@ -19,9 +26,8 @@ def chosen(format: str) -> list[str]:
 def simulated(format: str = "nvfp4", seed: int = 0, **settings: object) -> TinyFlux2Pipeline:
     """A pipeline that is quantized in simulation, calibrated on next to nothing."""
     technique = PTQ(
-        layers=dict.fromkeys(chosen(format), format), calibration_batches=1, batch_size=2, num_inference_steps=1,
-        **settings,
-    )  # fmt: skip
+        layers=dict.fromkeys(chosen(format), format), run=classes(num_inference_steps=1), samples=2, **settings
+    )
     return technique.apply(small_pipeline(seed=seed))
 
 

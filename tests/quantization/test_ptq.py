@@ -6,14 +6,15 @@ import json
 
 import pytest
 import torch
-from quantization.pipelines import anatomy, error, generate
+from quantization.pipelines import anatomy, classes, error, generate
 from torch import nn
 
 from diffusion_opt.evaluation.speed import weight_bytes
 from diffusion_opt.quantization import FORMATS, PTQ, DynamicInt8, choose, quantization_report, simulated_formats
 from diffusion_opt.quantization.faster.int8_cpu import DynamicInt8Linear, weight_scales
+from diffusion_opt.subjects import Run
 
-QUICK = PTQ(calibration_batches=2, batch_size=3, num_inference_steps=3, guidance_scale=2.0)
+QUICK = PTQ(run=classes(batch_size=3, num_inference_steps=3, guidance_scale=2.0), samples=6)
 
 
 def test_quantizes_the_chosen_layers_quietly_and_changes_the_output_little(pipe, capfd):
@@ -93,7 +94,7 @@ def test_a_format_with_fewer_bits_costs_more(pipe):
 def test_a_failed_calibration_leaves_the_pipeline_as_it_was(pipe):
     before = anatomy(pipe.transformer)
     with pytest.raises(ValueError, match="unknown prompt 'zebra'"):
-        dataclasses.replace(QUICK, prompts=("zebra",)).apply(pipe)
+        dataclasses.replace(QUICK, run=Run(("zebra",)), samples=1).apply(pipe)
     assert anatomy(pipe.transformer) == before
 
 
@@ -118,7 +119,7 @@ def test_what_it_cannot_do_it_says(pipe, monkeypatch):
 @pytest.mark.wrong_shapes
 def test_settings_round_trip_and_bad_ones_are_refused(pipe):
     for technique in (
-        PTQ("fp8", prompts=("bag", "coat"), skip=("proj_out",), guidance_scale=2.0, ranges="mse"),
+        PTQ("fp8", run=Run(("bag", "coat"), guidance_scale=2.0), skip=("proj_out",), ranges="mse"),
         PTQ(layers={"proj_out": "nvfp4"}),
     ):
         assert PTQ(**json.loads(json.dumps(dataclasses.asdict(technique)))) == technique
@@ -127,11 +128,12 @@ def test_settings_round_trip_and_bad_ones_are_refused(pipe):
         ({"format": "int3"}, "one of int8, .*, got 'int3'"),
         ({"layers": {"proj_out": "int3"}}, "one of int8, .*, got 'int3'"),
         ({"layers": {"proj_out": "int8"}, "first_blocks": 1}, "layers names every layer itself"),
-        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"samples": 0}, "samples must be 1 or more, got 0"),
+        ({"run": {"prompts": ["bag"], "height": 0}}, "height must be at least 1, got 0"),
         ({"rank": 0}, "rank must be 1 or more, got 0"),
         ({"ranges": "entropy"}, "ranges must be one of max, percentile, mse, got 'entropy'"),
         ({"percentile": 0.0}, r"percentile must lie in \(0, 100\], got 0.0"),
-        ({"prompts": ()}, "prompts must not be empty"),
+        ({"run": {"prompts": []}}, "at least one prompt, got none"),
     ]:
         with pytest.raises(ValueError, match=message):
             PTQ(**change)
@@ -141,8 +143,8 @@ def test_settings_round_trip_and_bad_ones_are_refused(pipe):
 
 def test_a_pipeline_without_classes_needs_prompts(pipe):
     pipe.class_embedder = None
-    with pytest.raises(ValueError, match=r"TinyFlux2Pipeline has no classes to calibrate on: give prompts"):
-        QUICK.apply(pipe)
+    with pytest.raises(ValueError, match=r"TinyFlux2Pipeline has no classes of its own to ask for: give prompts"):
+        PTQ().apply(pipe)
 
 
 def test_a_few_step_student_is_calibrated_at_its_own_steps(shipped):
@@ -153,7 +155,7 @@ def test_a_few_step_student_is_calibrated_at_its_own_steps(shipped):
     )
     exact = generate(pipe, steps=4, guidance=1.0, batch=10)
     own = list(times)
-    technique = PTQ("fp8", calibration_batches=2)
+    technique = PTQ("fp8", samples=20)
     technique.apply(pipe)
     assert times[len(own) :] == 2 * own
     handle.remove()
@@ -165,7 +167,7 @@ def test_a_few_step_student_is_calibrated_at_its_own_steps(shipped):
 def test_the_shipped_teacher_stands_int8_and_simulation_agrees_with_the_real_kernel(shipped):
     pipe = shipped("fashion")
     exact = generate(pipe, steps=6, batch=5)
-    technique = PTQ(calibration_batches=2, batch_size=5, num_inference_steps=4, guidance_scale=2.0)
+    technique = PTQ(run=classes(batch_size=5, num_inference_steps=4, guidance_scale=2.0), samples=10)
     technique.apply(pipe)
     simulated = error(generate(pipe, steps=6, batch=5), exact)
     technique.remove(pipe)

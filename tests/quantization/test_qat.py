@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantization.pipelines import generate, small_pipeline
+from quantization.pipelines import classes, generate, small_pipeline
 from safetensors.torch import load_file
 
 from diffusion_opt.models import TinyFlux2Pipeline
@@ -15,7 +15,7 @@ from diffusion_opt.quantization.mixed.trajectory_points import squared_error, tr
 from diffusion_opt.quantization.qat import QAT, SelfDistillation, apply_all, quantization_aware
 from diffusion_opt.training import TrainConfig, train
 
-QUICK = {"calibration_batches": 1, "batch_size": 4}
+QUICK = {"run": classes(batch_size=4), "samples": 4}
 CONFIG = TrainConfig(steps=12, batch_size=16, learning_rate=1e-2, warmup_steps=2, ema_decay=0.5, log_every=1)
 W4A4 = PTQ("w4a4", **QUICK)
 
@@ -64,7 +64,7 @@ def test_a_few_steps_win_back_what_rounding_lost(pipe, techniques, share, tmp_pa
     quantized = copy.deepcopy(pipe)
     apply_all(quantized, techniques if isinstance(techniques, tuple) else [techniques])
     before = velocity_error(quantized.transformer, points)
-    assert quantization_aware(pipe, techniques, CONFIG, tmp_path, generate=watched, progress=False) is pipe
+    assert quantization_aware(pipe, techniques, CONFIG, tmp_path, run=watched, progress=False) is pipe
     assert velocity_error(pipe.transformer, points) < share * before
     assert seen and all(teacher is seen[0] for teacher in seen) and seen[0] is not pipe
     teacher = seen[0].transformer.state_dict()

@@ -18,10 +18,12 @@ time; this is the error itself.
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -29,21 +31,24 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusion_opt.datasets.writing import read_json, write_json
-from diffusion_opt.models.block_stack import block_stack
 from diffusion_opt.models.fingerprint import fingerprint
 from diffusion_opt.quantization.formats import Format, format_named
 from diffusion_opt.quantization.mixed.trajectory_points import (
+    MAX_BYTES,
     Generate,
     TrajectoryPoints,
-    random_classes,
+    as_generate,
+    only_denoiser,
+    points_at_once,
     trajectory_points,
     velocity_error,
 )
 from diffusion_opt.quantization.policy import choose
+from diffusion_opt.quantization.simulation.calibration import quiet, samples_timesteps, timestep_scale
 from diffusion_opt.quantization.simulation.simulate import simulate
+from diffusion_opt.subjects import Run
 
 Probe = Mapping[float, TrajectoryPoints]  # passes of the float network at each of some times in [0, 1], falling
-BATCH = 64  # points a pass
 FLOAT = "float"  # the name of no format: the layer as it is
 FLOAT_BITS = 32
 
@@ -155,27 +160,57 @@ def record_probe(
     num_samples: int,
     generator: torch.Generator,
     num_times: int = 5,
-    generate: Generate = random_classes,
+    run: Run | Generate | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
 ) -> dict[float, TrajectoryPoints]:
     """Passes of the float network while it generates: `num_times` of the times it visits, evenly spaced, both ends.
 
-    Raises ValueError for counts below 1 and for a transformer that is not told the time of each sample.
+    A first sample tells which times are visited, so that of the others only the chosen passes are ever held. Raises
+    ValueError for counts below 1, for a transformer that is not told the time of each sample, and once the probe would
+    be larger than `max_bytes`.
     """
     if num_samples < 1 or num_times < 1:
         raise ValueError(f"num_samples and num_times must be 1 or more, got {num_samples} and {num_times}")
-    points = trajectory_points(pipe, num_samples, generator, generate)
+    visited = _visited(pipe, run)
+    picked = visited[torch.linspace(0, len(visited) - 1, min(num_times, len(visited))).round().long()]
+
+    def keep(given: Mapping[str, Any]) -> bool:
+        return bool(torch.isin(samples_timesteps(given["timestep"]), picked).any())
+
+    points = trajectory_points(pipe, num_samples, generator, run, keep=keep, max_bytes=max_bytes)
     if "timestep" not in points.rows:
         raise ValueError(f"{type(pipe.transformer).__name__} is not given a timestep for each sample")
-    scale = block_stack(pipe.transformer).timestep_scale
-    times = points.arguments["timestep"].reshape(len(points), -1).amax(1).double() / scale
-    visited = times.unique().flip(0)
-    picked = torch.linspace(0, len(visited) - 1, min(num_times, len(visited))).round().long()
-    return {float(time): points[times == time] for time in visited[picked]}
+    timesteps = samples_timesteps(points.arguments["timestep"])
+    scale = timestep_scale(pipe, float(visited[0]))
+    return {float(one.double() / scale): points[timesteps == one] for one in picked}
+
+
+def _visited(pipe: DiffusionPipeline, run: Run | Generate | None) -> Tensor:
+    """The timesteps that one sample visits, falling."""
+    transformer = only_denoiser(pipe)
+    signature, seen = inspect.signature(type(transformer).forward), []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        timestep = signature.bind(module, *args, **kwargs).arguments.get("timestep")
+        if not isinstance(timestep, Tensor):
+            raise ValueError(f"{type(transformer).__name__} is not given a timestep for each sample")
+        seen.append(samples_timesteps(timestep))
+
+    handle = transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad(), quiet(pipe):
+            as_generate(run)(pipe, 1, torch.Generator(pipe.device).manual_seed(0))
+    finally:
+        handle.remove()
+    if not seen:
+        raise ValueError(f"this {type(pipe).__name__} generated without a pass of its transformer")
+    return torch.cat(seen).unique().flip(0)
 
 
 def errors_by_time(transformer: nn.Module, probe: Probe) -> tuple[float, ...]:
     """Relative error of a transformer's velocity at each time of the probe."""
-    return tuple(velocity_error(transformer, points, BATCH) for points in probe.values())
+    return tuple(velocity_error(transformer, points) for points in probe.values())
 
 
 def joint_error(transformer: nn.Module, formats: Mapping[str, str], probe: Probe) -> float:
@@ -203,7 +238,7 @@ def sensitivity(
     `groups` names sets of layers that are to have one format, such as a block; None puts each layer on its own. The
     pipeline is left alone. Raises ValueError for unknown formats or layers, and what `simulate` raises.
     """
-    transformer = pipe.transformer
+    transformer = only_denoiser(pipe)
     if groups is None:
         groups = {choice.name: (choice.name,) for choice in choose(transformer) if choice.quantized}
     every = [name for names in groups.values() for name in names]
@@ -242,8 +277,9 @@ def _simulated_copy(transformer: nn.Module, layers: Mapping[str, Format], probe:
 
 def _run(transformer: nn.Module, probe: Probe) -> None:
     for points in probe.values():
-        for start in range(0, len(points), BATCH):
-            transformer(**points[start : start + BATCH].arguments)
+        size = points_at_once(points)
+        for start in range(0, len(points), size):
+            transformer(**points[start : start + size].arguments)
 
 
 def _swapped_error(floats: nn.Module, rounded: nn.Module, names: Sequence[str], probe: Probe) -> tuple[float, ...]:

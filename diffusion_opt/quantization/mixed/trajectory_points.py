@@ -5,8 +5,12 @@ the points lie on the float network's trajectories, at exactly the times its sch
 of few steps), in both branches of guidance, with whatever else the family's transformer is told; and since sampling the
 float network computes its velocity there anyway, the targets cost no pass of their own. Nothing here knows a family:
 what has a row for each sample is stacked, everything else has to be the same in all passes.
+
+What is kept is what is needed: `keep` chooses passes by their time while they are made, and a limit on bytes is checked
+as they come, because one pass of a large model is tens of megabytes, and a generation has a hundred.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +20,15 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.quantization.simulation.calibration import class_prompts
+from diffusion_opt.quantization.simulation.calibration import quiet
+from diffusion_opt.subjects import Run, denoisers
 
-# (pipeline, number of samples, generator of all randomness) -> generates them; what it returns is not used
+# (pipeline, number of samples, generator of all randomness) -> generates them; what it returns is not used. For what a
+# `Run` cannot say, such as ready embeddings of prompts.
 Generate = Callable[[DiffusionPipeline, int, torch.Generator], Any]
+MAX_BYTES = 4 * 2**30  # of points that are held at once
+PASS_ELEMENTS = 2**22  # numbers that go into one pass over points, unless a single point has more
+PASS_POINTS = 64
 
 
 @dataclass(frozen=True)
@@ -39,36 +48,76 @@ class TrajectoryPoints:
         return TrajectoryPoints(arguments, self.rows, tuple(output[index] for output in self.outputs))
 
 
-def random_classes(pipe: DiffusionPipeline, number: int, generator: torch.Generator) -> None:
-    """Generate samples of random classes with the pipeline's own steps and guidance."""
-    names = class_prompts(pipe)
-    chosen = torch.randint(len(names), (number,), generator=generator, device=generator.device)
-    pipe(prompt=[names[index] for index in chosen.tolist()], generator=generator, output_type="latent")
+def only_denoiser(pipe: DiffusionPipeline) -> nn.Module:
+    """The one denoiser of a pipeline. Raises ValueError for a pipeline with two of them, and for a UNet."""
+    networks = denoisers(pipe)
+    if len(networks) > 1:
+        raise ValueError(
+            f"this {type(pipe).__name__} has two transformers ({', '.join(networks)}), each for its own part of the "
+            "times: points, sensitivity and training are made for pipelines with one. PTQ, pack, W8A8 and DynamicInt8 "
+            "act on both"
+        )
+    return next(iter(networks.values()))
+
+
+def as_generate(run: Run | Generate | None) -> Generate:
+    """How samples are made: prompts drawn at random from those of the run, or from the pipeline's classes.
+
+    They come in batches of `run.batch_size`; without a run, all at once.
+    """
+    if callable(run):
+        return run
+
+    def generate(pipe: DiffusionPipeline, number: int, generator: torch.Generator) -> None:
+        asked = Run.for_pipeline(pipe, batch_size=number) if run is None else run
+        asked.check(pipe)
+        drawn = torch.randint(len(asked.prompts), (number,), generator=generator, device=generator.device).tolist()
+        for indices in asked.batches(number):
+            call = asked.call([drawn[index] for index in indices], output_type="latent")
+            pipe(**call | {"generator": generator})
+
+    return generate
 
 
 def trajectory_points(
-    pipe: DiffusionPipeline, number: int, generator: torch.Generator, generate: Generate = random_classes
+    pipe: DiffusionPipeline,
+    number: int,
+    generator: torch.Generator,
+    run: Run | Generate | None = None,
+    *,
+    keep: Callable[[dict[str, Any]], bool] | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> TrajectoryPoints:
-    """All passes of the pipeline's transformer while it generates `number` samples, without gradient.
+    """The passes of the pipeline's transformer while it generates `number` samples, without gradient.
 
-    Raises ValueError if the pipeline makes no pass, or passes that have unnamed arguments or cannot be stacked.
+    All of them, or those whose arguments `keep` says yes to. Raises ValueError for a pipeline with two transformers, if
+    it makes no pass, if passes cannot be stacked, and once what is kept exceeds `max_bytes`.
     """
+    transformer = only_denoiser(pipe)
+    signature = inspect.signature(type(transformer).forward)
     calls: list[tuple[dict[str, Any], tuple[Tensor, ...]]] = []
+    held = 0
 
-    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if args:
-            raise ValueError(f"{type(module).__name__} was given {len(args)} arguments by position: name them all")
-        calls.append((kwargs, outputs_of(output)))
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal held
+        given = dict(signature.bind(module, *args, **kwargs).arguments)
+        given.pop("self")
+        if keep is not None and not keep(given):
+            return
+        calls.append((given, outputs_of(output)))
+        held += sum(x.nbytes for x in (*given.values(), *calls[-1][1]) if isinstance(x, Tensor))
+        if held > max_bytes:
+            raise ValueError(
+                f"the passes of {number} samples do not fit into {max_bytes / 2**30:.1f} GiB: {len(calls)} of them are "
+                f"{held / 2**30:.1f} GiB already. Take fewer samples, fewer steps or a smaller size"
+            )
 
-    handle = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
-    shown = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**shown, "disable": True})
+    handle = transformer.register_forward_hook(note, with_kwargs=True)
     try:
-        with torch.no_grad():
-            generate(pipe, number, generator)
+        with torch.no_grad(), quiet(pipe):
+            as_generate(run)(pipe, number, generator)
     finally:
         handle.remove()
-        pipe.set_progress_bar_config(**shown)
     if not calls:
         raise ValueError(f"this {type(pipe).__name__} generated without a pass of its transformer")
     return _stacked(calls)
@@ -80,8 +129,19 @@ def outputs_of(output: Any) -> tuple[Tensor, ...]:
     return tuple(value for value in values if isinstance(value, Tensor))
 
 
-def velocity_error(transformer: nn.Module, points: TrajectoryPoints, batch_size: int = 64) -> float:
-    """Root mean square distance of a transformer's output from that of the points, relative to the latter's size."""
+def points_at_once(points: TrajectoryPoints) -> int:
+    """How many points go into one pass: 64 of a small model, fewer of one whose inputs are large."""
+    given = [value for name, value in points.arguments.items() if name in points.rows]
+    elements = sum(value[0].numel() for value in given if isinstance(value, Tensor))
+    return max(1, min(PASS_POINTS, PASS_ELEMENTS // max(elements, 1)))
+
+
+def velocity_error(transformer: nn.Module, points: TrajectoryPoints, batch_size: int | None = None) -> float:
+    """Root mean square distance of a transformer's output from that of the points, relative to the latter's size.
+
+    `batch_size` points go into a pass, `points_at_once` of them unless given.
+    """
+    batch_size = batch_size or points_at_once(points)
     with torch.no_grad():
         parts = [points[start : start + batch_size] for start in range(0, len(points), batch_size)]
         shares = [len(part) / len(points) * squared_error(transformer, part) for part in parts]
@@ -92,7 +152,7 @@ def squared_error(transformer: nn.Module, points: TrajectoryPoints) -> Float[Ten
     """|output - target|^2 / |target|^2, the mean over streams; has a gradient."""
     outputs = outputs_of(transformer(**points.arguments))
     squares = [
-        (output - target).square().sum() / target.square().sum()
+        (output.float() - target.float()).square().sum() / target.float().square().sum()
         for output, target in zip(outputs, points.outputs, strict=True)
     ]
     return torch.stack(squares).mean()
@@ -101,12 +161,17 @@ def squared_error(transformer: nn.Module, points: TrajectoryPoints) -> Float[Ten
 def _stacked(calls: list[tuple[dict[str, Any], tuple[Tensor, ...]]]) -> TrajectoryPoints:
     """One call in the place of many: rows one after the other."""
     first = calls[0][0]
+    if not calls[0][1]:
+        raise ValueError("this transformer answers with lists and not with tensors: its passes cannot be stacked")
     batch = len(calls[0][1][0])
     rows = frozenset(name for name, value in first.items() if _has_rows(value, batch))
     arguments = {}
     for name, value in first.items():
         given = [call.get(name) for call, _ in calls]
         if name in rows:
+            if len({value.shape[1:] for value in given}) > 1:
+                shapes = ", ".join(str(tuple(value.shape)) for value in given[:3])
+                raise ValueError(f"passes differ in the shape of {name!r} ({shapes}, …): give prompts of one length")
             arguments[name] = torch.cat(given)
         elif all(_same(value, other) for other in given):
             arguments[name] = value

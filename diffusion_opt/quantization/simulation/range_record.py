@@ -25,9 +25,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from diffusion_opt.datasets.writing import read_json, write_json
-from diffusion_opt.models.block_stack import BlockStack, block_stack
 from diffusion_opt.quantization.policy import choose
-from diffusion_opt.quantization.simulation.calibration import class_prompts, run_trajectories
+from diffusion_opt.quantization.simulation.calibration import (
+    run_or_classes,
+    run_trajectories,
+    samples_timesteps,
+    timestep_scale,
+)
+from diffusion_opt.subjects import Run, denoisers
 
 LEVELS = (0.1, 1.0, 50.0, 99.0, 99.9)  # percent
 SAMPLES = 1024  # values kept of each pass through a layer
@@ -82,35 +87,32 @@ class RangeRecord:
 def record_ranges(
     pipe: DiffusionPipeline,
     names: Sequence[str] | None = None,
-    prompts: Sequence[str] | None = None,
-    num_batches: int = 2,
-    batch_size: int = 10,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 0,
+    run: Run | None = None,
+    samples: int = 20,
     progress: bool = False,
-    **call: object,
 ) -> RangeRecord:
     """Run the pipeline as calibration does and record what enters its layers; the pipeline is left as it was.
 
-    `names` None takes the layers that the family's policy quantizes, `prompts` None all classes. Raises ValueError for
-    a family that is not known, a name that is no layer, and a layer that no pass went through.
+    `names` None takes the layers that the family's policy quantizes, `run` None all classes. Raises ValueError for a
+    pipeline with two transformers, a name that is no layer, and a layer that no pass went through.
     """
-    transformer = pipe.transformer
+    networks = denoisers(pipe)
+    if len(networks) > 1:
+        raise ValueError(f"this {type(pipe).__name__} has two transformers: ranges are recorded of one")
+    (transformer,) = networks.values()
     chosen = [c.name for c in choose(transformer) if c.quantized] if names is None else list(names)
     linears = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     unknown = [name for name in chosen if name not in linears]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no linear layer; their names are like {', '.join(sorted(linears)[-3:])}")
-    seen = _Seen(block_stack(transformer))
+    seen, asked = _Seen(), run_or_classes(pipe, run, samples)
     with seen.watching(transformer, chosen):
-        given = prompts or class_prompts(pipe)
-        counts = (num_batches, batch_size, num_inference_steps)
-        run_trajectories(pipe, given, *counts, guidance_scale, seed, progress, **call)
+        run_trajectories(pipe, asked, samples, progress)
     unused = [name for name in chosen if name not in seen.passes]
     if unused:
         raise ValueError(f"no pass went through {unused[0]}: is this layer used at all?")
-    return RangeRecord({name: seen.ranges(name) for name in chosen})
+    scale = timestep_scale(pipe, max(time for passes in seen.passes.values() for time in passes))
+    return RangeRecord({name: seen.ranges(name, scale) for name in chosen})
 
 
 @dataclass(slots=True)
@@ -121,11 +123,10 @@ class _AtOneTime:
 
 
 class _Seen:
-    """What hooks saw: the time of the pass under way, and inputs of layers by name and time."""
+    """What hooks saw: the timestep of the pass under way, and inputs of layers by name and timestep."""
 
-    def __init__(self, stack: BlockStack) -> None:
+    def __init__(self) -> None:
         self.passes: dict[str, dict[float, _AtOneTime]] = {}
-        self._stack = stack
         self._time = 1.0
         self._generator = torch.Generator().manual_seed(0)
 
@@ -139,20 +140,20 @@ class _Seen:
             for handle in handles:
                 handle.remove()
 
-    def ranges(self, name: str) -> LayerRanges:
+    def ranges(self, name: str, scale: int) -> LayerRanges:
         passes = self.passes[name]
         times = tuple(sorted(passes, reverse=True))
         levels = torch.tensor(LEVELS, dtype=torch.float32) / 100
         rows = tuple(tuple(torch.cat(passes[time].sample).quantile(levels).tolist()) for time in times)
         smallest, largest = (tuple(getattr(passes[t], end) for t in times) for end in ("smallest", "largest"))
-        return LayerRanges(times, smallest, largest, rows)
+        return LayerRanges(tuple(time / scale for time in times), smallest, largest, rows)
 
     def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
-        time = self._stack.time(call["timestep"])
-        if time is None:
+        timesteps = samples_timesteps(call["timestep"])
+        if not bool((timesteps == timesteps[0]).all()):
             raise ValueError("samples of one pass are at different times: ranges cannot be told apart by time")
-        self._time = time
+        self._time = float(timesteps[0])
 
     def _layer(self, name: str):
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:

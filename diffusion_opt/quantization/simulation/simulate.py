@@ -12,27 +12,41 @@ module but the named layers gets its own class back. Each format then runs its a
 off, since smoothing and SVDQuant act on every layer they find on.
 
 SmoothQuant and SVDQuant move part of a weight elsewhere. The weights from before are kept, and `restore` puts them
-back: what it leaves computes what it computed, bit for bit. Factors of SVDQuant's branch are rounded to bfloat16, as a
-checkpoint stores them, and the residual is taken after that rounding, so it makes up for it.
+back: what it leaves computes what it computed, bit for bit. It knows modules and not names, so a LoRA that wraps a
+layer, and hooks that offloading or casting put on it, may come and go in between. Factors of SVDQuant's branch are
+rounded to bfloat16, as a checkpoint stores them, and the residual is taken after that rounding, so it makes up for it.
+
+Ranges are float32 whatever the model computes in, and a cast of the model does not reach them: a scale in another type
+would be another scale. Nothing is calibrated where no format has a range to find. While layers are quantized two doors
+of the transformer are closed (`guards.py`): saving it as if it were a float model, and fusing a LoRA into its weights.
 """
 
 import contextlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion_opt.quantization.formats import Format, quant_config
+from diffusion_opt.quantization.guards import (
+    FLOAT_SAVE,
+    SIMULATED,
+    close_doors,
+    follow_class,
+    open_doors,
+    refuse_adapters,
+)
 from diffusion_opt.quantization.simulation import cpu_backend
 from diffusion_opt.quantization.simulation.input_ranges import InputHistograms
 
 UNDO = "_diffusion_opt_simulated"  # attribute of the transformer that holds what `restore` needs
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # types that a linear layer multiplies in
 Ranges = Literal["max", "percentile", "mse"]
 
 
@@ -41,8 +55,9 @@ class Simulated:
     """What was done to a transformer: the formats by layer, and what it takes to undo them."""
 
     formats: dict[str, Format]
-    added: dict[str, set[str]]  # attributes that modelopt gave to each module, by the module's name
-    weights: dict[str, torch.Tensor]  # of layers whose algorithm changes them, as they were
+    layers: tuple[nn.Module, ...]  # the very modules that have quantizers, in the order of `formats`
+    added: tuple[tuple[nn.Module, frozenset[str]], ...]  # modules, and the attributes that modelopt gave to each
+    weights: tuple[tuple[nn.Module, Tensor], ...]  # of layers whose algorithm changes them, as they were
 
 
 def simulated_formats(transformer: nn.Module) -> dict[str, Format]:
@@ -51,47 +66,91 @@ def simulated_formats(transformer: nn.Module) -> dict[str, Format]:
     return {} if state is None else dict(state.formats)
 
 
-@torch.no_grad()
 def simulate(
     transformer: nn.Module,
     layers: Mapping[str, Format],
-    forward_loop: Callable[[], Any],
+    forward_loop: Callable[[], Any] | None,
     ranges: Ranges = "max",
     percentile: float = 99.99,
+    least: int = 1,
 ) -> None:
     """Quantize the named `nn.Linear`s in place; `forward_loop` runs the model on calibration data.
 
-    It is called once or, for algorithms in stages, several times, and should show the same data each time. `ranges`
-    says what the fixed range of an input is: the largest value seen, a percentile of the sizes seen, or the range of
-    least squared error. The transformer is unchanged if this raises: ImportError without modelopt or onnx, ValueError
-    for layers that cannot be quantized, RuntimeError if modelopt did something else than asked.
+    It is called once or, for algorithms in stages, several times, and should show the same data each time; it is not
+    called where no format has anything to calibrate, and may then be None. `ranges` says what the fixed range of an
+    input is: the largest value seen, a percentile of the sizes seen, or the range of least squared error. The
+    transformer is unchanged if this raises: ImportError without modelopt or onnx; ValueError for layers that cannot be
+    quantized, for a LoRA that is not fused, and for a layer that saw fewer than `least` samples; RuntimeError if
+    modelopt did something else than asked.
     """
-    check_layers(transformer, layers)
-    fixed = [name for name, format in layers.items() if format.static_input]
+    simulate_networks({"": transformer}, {"": layers}, forward_loop, ranges, percentile, least)
+
+
+@torch.no_grad()
+def simulate_networks(
+    networks: Mapping[str, nn.Module],
+    layers: Mapping[str, Mapping[str, Format]],
+    forward_loop: Callable[[], Any] | None,
+    ranges: Ranges = "max",
+    percentile: float = 99.99,
+    least: int = 1,
+) -> None:
+    """`simulate` for all denoisers of a pipeline at once: one calibration, in which every network is still in float.
+
+    Both mappings have the same keys. Either all networks are quantized or, if this raises, none.
+    """
+    for name, network in networks.items():
+        refuse_adapters(network, "quantize")
+        check_layers(network, layers[name])
+    alone = len(networks) == 1
+    root = next(iter(networks.values())) if alone else nn.ModuleDict(dict(networks))
+    named = {n if alone else f"{key}.{n}": format for key, own in layers.items() for n, format in own.items()}
+    fixed = [name for name, format in named.items() if format.static_input]
     if ranges != "max" and not fixed:
         raise ValueError(f"ranges={ranges!r} needs a format whose inputs have one fixed range, as int8 and fp8 have")
-    quantize, calibrate = _modelopt()
-    cpu_backend.register()
-    before = _attributes(transformer)
-    weights = {n: transformer.get_submodule(n).weight.detach().clone() for n, f in layers.items() if f.changes_weights}
+    before = _attributes(root)
+    weights = {n: root.get_submodule(n).weight.detach().clone() for n, f in named.items() if f.changes_weights}
     try:
-        with _quiet(), _finite_inputs(transformer, layers):
-            quantize(transformer, quant_config(layers))
-            _prune(transformer, before, set(layers))
-            for group in _by_algorithm(layers):
-                with _only(transformer, layers, group):
-                    calibrate(transformer, _algorithm(layers[group[0]]), lambda _: forward_loop())
-                _without_branch(transformer, layers)
-        for name, format in layers.items():
-            if format.rank:
-                _store_branch_in_half(transformer.get_submodule(name))
+        _quantize(root, named, before, forward_loop, least)
         if ranges != "max":
-            _fit_ranges(transformer, layers, fixed, forward_loop, ranges, percentile)
-        _check_took_effect(transformer, layers)
+            _fit_ranges(root, named, fixed, forward_loop, ranges, percentile)
+        _check_took_effect(root, named)
     except BaseException:
-        _undo(transformer, _added(transformer, before), weights)
+        _undo(_added(root, before), ((root.get_submodule(name), weight) for name, weight in weights.items()))
         raise
-    setattr(transformer, UNDO, Simulated(dict(layers), _added(transformer, before), weights))
+    added = _added(root, before)
+    for key, network in networks.items():
+        _remember(network, layers[key], added, weights, prefix="" if alone else f"{key}.")
+
+
+def _remember(
+    network: nn.Module,
+    layers: Mapping[str, Format],
+    added: tuple[tuple[nn.Module, frozenset[str]], ...],
+    weights: Mapping[str, Tensor],
+    prefix: str,
+) -> None:
+    """Keep what `restore` needs on a network, and close its doors."""
+    inside = set(network.modules())
+    own = tuple((module, names) for module, names in added if module in inside)
+    changed = tuple(
+        (network.get_submodule(name), weights[prefix + name]) for name in layers if prefix + name in weights
+    )
+    modules = tuple(network.get_submodule(name) for name in layers)
+    setattr(network, UNDO, Simulated(dict(layers), modules, own, changed))
+    close_doors(network, SIMULATED)
+    network.save_pretrained = partial(_save, network)
+
+
+def _save(transformer: nn.Module, *args: Any, **settings: Any) -> None:
+    """`save_pretrained` of a simulated transformer: for modelopt's export alone, which has codes where weights were.
+
+    Raises ValueError as long as the weights are floats: saved so, they would come back without their rounding, and
+    smoothed ones without their smoothing.
+    """
+    if any(layer.weight.dtype in COMPUTED for layer in getattr(transformer, UNDO).layers):
+        raise ValueError(FLOAT_SAVE)
+    type(transformer).save_pretrained(transformer, *args, **settings)
 
 
 def restore(transformer: nn.Module) -> None:
@@ -100,13 +159,46 @@ def restore(transformer: nn.Module) -> None:
     if state is None:
         raise ValueError("cannot remove modelopt's quantizers from this pipeline: they were not applied")
     delattr(transformer, UNDO)
-    _undo(transformer, state.added, state.weights)
+    open_doors(transformer)
+    _undo(state.added, state.weights)
+
+
+def _quantize(
+    root: nn.Module,
+    layers: Mapping[str, Format],
+    before: Mapping[nn.Module, frozenset[str]],
+    forward_loop: Callable[[], Any] | None,
+    least: int,
+) -> None:
+    """Put quantizers on the named layers, calibrate them, and fix their ranges in float32."""
+    quantize, calibrate = _modelopt()
+    cpu_backend.register()
+    with _quiet(), _watched_inputs(root, layers) as samples:
+        quantize(root, quant_config(layers))
+        _prune(root, before, {root.get_submodule(name) for name in layers})
+        for group in _by_algorithm(layers):
+            needs_data = any(layers[name].needs_data for name in group)
+            with _only(root, layers, group):
+                calibrate(root, _algorithm(layers[group[0]]), (lambda _: forward_loop()) if needs_data else None)
+            _without_branch(root, layers)
+    for name, format in layers.items():
+        if format.needs_data and samples[name] < least:
+            raise ValueError(
+                f"{name} saw {samples[name]} samples in calibration, and at least {least} are needed: is this layer "
+                "used at all in this run? Run more steps or leave the layer out with skip"
+            )
+        if format.rank:
+            _store_branch_in_half(root.get_submodule(name))
+    for quantizer in _quantizers(root, layers, list(layers)):
+        _exact_range(quantizer)
 
 
 def check_layers(transformer: nn.Module, layers: Mapping[str, Format]) -> None:
     """Raise ValueError unless these are plain linear layers with finite weights that their formats can hold."""
     if not layers:
         raise ValueError("nothing to quantize: no layer was named")
+    if getattr(transformer, UNDO, None) is not None:
+        raise ValueError("this transformer is quantized in simulation already: remove that first")
     linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     for name, format in layers.items():
         if name not in linears:
@@ -114,12 +206,22 @@ def check_layers(transformer: nn.Module, layers: Mapping[str, Format]) -> None:
         layer = linears[name]
         if type(layer) is not nn.Linear:
             raise ValueError(f"{name} is a {type(layer).__name__}, not a plain nn.Linear: undo that first")
+        check_type(name, layer)
         if not bool(layer.weight.isfinite().all()):
             raise ValueError(f"{name} has weights that are inf or NaN: they have no scale")
         if format.rank > min(layer.weight.shape):
             raise ValueError(
                 f"{name} is {tuple(layer.weight.shape)}: a branch of rank {format.rank} would be all of it"
             )
+
+
+def check_type(name: str, layer: nn.Linear) -> None:
+    """Raise ValueError for weights in a type that has no arithmetic, as layerwise casting leaves them."""
+    if layer.weight.dtype not in COMPUTED:
+        raise ValueError(
+            f"the weights of {name} are stored in {layer.weight.dtype}: quantize the pipeline before layerwise "
+            f"casting, or open it in one of {', '.join(map(str, COMPUTED))}"
+        )
 
 
 def _modelopt() -> tuple[Callable, Callable]:
@@ -142,16 +244,21 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _finite_inputs(transformer: nn.Module, layers: Mapping[str, Format]) -> Iterator[None]:
-    """Inside, a layer that meets inf or NaN raises ValueError with its name."""
+def _watched_inputs(root: nn.Module, layers: Mapping[str, Format]) -> Iterator[dict[str, int]]:
+    """Inside, a layer that meets inf or NaN raises ValueError with its name, and the samples each has seen are counted.
 
-    def check(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    A pass of b samples counts b times. Algorithms in stages show their data several times, which counts again.
+    """
+    samples = dict.fromkeys(layers, 0)
+
+    def check(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not bool(args[0].isfinite().all()):
             raise ValueError(f"{name} met inf or NaN in calibration: the model or its inputs are broken")
+        samples[name] += len(args[0])
 
-    handles = [transformer.get_submodule(name).register_forward_pre_hook(partial(check, name)) for name in layers]
+    handles = [root.get_submodule(name).register_forward_pre_hook(partial(check, name)) for name in layers]
     try:
-        yield
+        yield samples
     finally:
         for handle in handles:
             handle.remove()
@@ -193,7 +300,7 @@ def _fit_ranges(
     transformer: nn.Module,
     layers: Mapping[str, Format],
     names: list[str],
-    forward_loop: Callable[[], Any],
+    forward_loop: Callable[[], Any] | None,
     ranges: Ranges,
     percentile: float,
 ) -> None:
@@ -257,33 +364,51 @@ def _check_took_effect(transformer: nn.Module, layers: Mapping[str, Format]) -> 
             raise RuntimeError(f"{name} saw no data in calibration: is this layer used at all?")
 
 
-def _attributes(transformer: nn.Module) -> dict[str, set[str]]:
-    return {name: {*vars(module), *module._modules} for name, module in transformer.named_modules()}
+def _exact_range(quantizer: nn.Module) -> None:
+    """The range in float32, and out of reach of casts; modelopt finds it in the type of the model."""
+    if quantizer.amax is not None:
+        quantizer._amax = quantizer._amax.float()
+    quantizer._apply = partial(_moved, quantizer)
 
 
-def _added(transformer: nn.Module, before: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Attributes and submodules that modelopt gave to each module of before."""
+def _moved(quantizer: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` of a quantizer: its range goes to another device and keeps its type, the rest is cast too."""
+    exact = getattr(quantizer, "_amax", None)
+    type(quantizer)._apply(quantizer, fn, recurse)
+    if exact is not None and quantizer._amax.dtype != exact.dtype:
+        quantizer._amax = exact.to(quantizer._amax.device)
+    return quantizer
+
+
+def _attributes(root: nn.Module) -> dict[nn.Module, frozenset[str]]:
+    return {module: frozenset({*vars(module), *module._modules}) for module in root.modules()}
+
+
+def _added(root: nn.Module, before: Mapping[nn.Module, frozenset[str]]) -> tuple[tuple[nn.Module, frozenset[str]], ...]:
+    """Each module of before with the attributes and submodules that modelopt gave to it."""
     others = {"_diffusers_hook"}  # diffusers adds it in a pipeline call, and hooks put on later live there
-    now = _attributes(transformer)
-    return {name: now[name] - names - others for name, names in before.items()}
+    return tuple((m, frozenset({*vars(m), *m._modules} - names - others)) for m, names in before.items())
 
 
-def _prune(transformer: nn.Module, before: Mapping[str, set[str]], keep: set[str]) -> None:
+def _prune(root: nn.Module, before: Mapping[nn.Module, frozenset[str]], keep: set[nn.Module]) -> None:
     """Give every converted module but the kept ones its class back; the root keeps modelopt's record."""
-    added = _added(transformer, before)
-    _undo(transformer, {name: names for name, names in added.items() if name and name not in keep}, {})
+    _undo(tuple((module, names) for module, names in _added(root, before) if module is not root and module not in keep))
+    for module in keep:
+        follow_class(module)
 
 
-def _undo(transformer: nn.Module, added: Mapping[str, set[str]], weights: Mapping[str, torch.Tensor]) -> None:
+def _undo(added: Iterable[tuple[nn.Module, frozenset[str]]], weights: Iterable[tuple[nn.Module, Tensor]] = ()) -> None:
     """Give modules their own class back, delete what was added to them, and put weights back."""
     from modelopt.torch.opt.dynamic import DynamicModule
 
-    for name, names in added.items():
-        module = transformer.get_submodule(name)
+    for module, names in added:
+        converted = isinstance(module, DynamicModule)
         while isinstance(module, DynamicModule):  # SVDQuant converts a converted layer once more
             module.export()
         for attribute in names:
             if hasattr(module, attribute):
                 delattr(module, attribute)
-    for name, weight in weights.items():
-        transformer.get_submodule(name).weight.data.copy_(weight)
+        if converted:
+            follow_class(module)
+    for module, weight in weights:
+        module.weight.data.copy_(weight)

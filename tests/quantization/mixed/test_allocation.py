@@ -144,7 +144,7 @@ def test_an_allocation_is_a_technique(measured):
     found = allocate(one, bits_per_weight=12)
     assert isinstance(found, Allocation) and len(set(found.formats.values())) > 1
     exact = generate(pipe)
-    technique = PTQ(layers=found.layers, calibration_batches=1, batch_size=2)
+    technique = PTQ(layers=found.layers, samples=2)
     assert not torch.equal(generate(technique.apply(pipe)), exact)
     technique.remove(pipe)
     assert torch.equal(generate(pipe), exact)

@@ -94,6 +94,11 @@ def test_what_gives_no_points_is_refused():
     given = trajectory_points(pipe, 1, seeded()).arguments
     with pytest.raises(ValueError, match="differ in 'joint_attention_kwargs'"):
         trajectory_points(pipe, 2, seeded(), two_sizes)
-    with pytest.raises(ValueError, match="1 arguments by position"):
-        by_position = {name: value for name, value in given.items() if name != "hidden_states"}
-        trajectory_points(pipe, 2, seeded(), lambda pipe, *_: pipe.transformer(given["hidden_states"], **by_position))
+
+
+def test_arguments_by_position_get_their_names():
+    pipe = small_pipeline(default_steps=1, default_guidance=1.0)
+    given = trajectory_points(pipe, 1, seeded()).arguments
+    rest = {name: value for name, value in given.items() if name != "hidden_states"}
+    points = trajectory_points(pipe, 1, seeded(), lambda pipe, *_: pipe.transformer(given["hidden_states"], **rest))
+    assert torch.equal(points.arguments["hidden_states"], given["hidden_states"])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quantization.pipelines import chosen, generate, simulated, small_pipeline
+from quantization.pipelines import chosen, classes, generate, simulated, small_pipeline
 
 from diffusion_opt.evaluation.speed import weight_bytes
 from diffusion_opt.quantization import (
@@ -53,7 +53,7 @@ def test_nothing_of_the_float_weights_or_of_modelopt_is_left():
 def test_formats_can_be_mixed():
     names = chosen("nvfp4")[:4]
     formats = dict(zip(names, ["int8", "nvfp4_svdquant", "w4a8", "mxfp8"], strict=True))
-    pipe = PTQ(layers=formats, calibration_batches=1, batch_size=2, num_inference_steps=1).apply(small_pipeline())
+    pipe = PTQ(layers=formats, run=classes(num_inference_steps=1), samples=2).apply(small_pipeline())
     expected = generate(pipe)
     pack(pipe)
     assert torch.equal(generate(pipe), expected)

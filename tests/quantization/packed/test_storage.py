@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantization.pipelines import error, generate, packed, small_pipeline
+from quantization.pipelines import classes, error, generate, packed, small_pipeline
 from safetensors.torch import load_file, save_file
 
 import diffusion_opt
@@ -93,9 +93,8 @@ def test_what_fits_in_half_precision_is_stored_so_and_nothing_else(tmp_path):
     pipe = small_pipeline()
     with torch.no_grad():
         pipe.transformer.proj_out.weight.copy_(pipe.transformer.proj_out.weight.half())
-    save_quantized(
-        pack(PTQ("nvfp4", calibration_batches=1, batch_size=2, num_inference_steps=1).apply(pipe)), tmp_path / "saved"
-    )
+    technique = PTQ("nvfp4", run=classes(num_inference_steps=1), samples=2)
+    save_quantized(pack(technique.apply(pipe)), tmp_path / "saved")
     stored = load_file(tmp_path / "saved" / WEIGHTS)
     assert stored["proj_out.weight"].dtype == torch.float16
     assert stored["x_embedder.weight"].dtype == torch.float32

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from quantization.pipelines import classes
 from torch import nn
 
 from diffusion_opt.quantization import PTQ
@@ -12,10 +13,10 @@ from diffusion_opt.quantization.arithmetic.int8 import int8
 from diffusion_opt.quantization.simulation.calibration import run_trajectories
 from diffusion_opt.quantization.simulation.input_ranges import NUM_BINS, InputHistograms
 
-QUICK = PTQ(calibration_batches=2, batch_size=3, num_inference_steps=3, guidance_scale=2.0)
+QUICK = PTQ(run=classes(batch_size=3, num_inference_steps=3, guidance_scale=2.0), samples=6)
 
 
-def passes(pipe, **settings: object) -> list[tuple[float, str, int]]:
+def passes(pipe, samples: int = 12, **settings: object) -> list[tuple[float, str, int]]:
     """Time, branch and batch size of each pass of calibration."""
     seen = []
 
@@ -24,8 +25,8 @@ def passes(pipe, **settings: object) -> list[tuple[float, str, int]]:
         seen.append((float(kwargs["timestep"][0]), str(context), len(kwargs["hidden_states"])))
 
     handle = pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
-    given = {"num_batches": 3, "batch_size": 4, "num_inference_steps": 4, "guidance_scale": 2.0, "seed": 0}
-    run_trajectories(pipe, list(pipe.class_embedder.config.class_names), **{**given, **settings})
+    given = {"batch_size": 4, "num_inference_steps": 4, "guidance_scale": 2.0}
+    run_trajectories(pipe, classes(**{**given, **settings}), samples)
     handle.remove()
     return seen
 
@@ -39,7 +40,7 @@ def test_times_of_the_batches_interleave(pipe):
 
 def test_without_a_number_of_steps_the_pipelines_own_are_run(pipe):
     pipe.register_to_config(default_steps=2)
-    seen = passes(pipe, num_inference_steps=None, num_batches=2)
+    seen = passes(pipe, num_inference_steps=None, samples=8)
     assert [time for time, _, _ in seen] == pytest.approx([1, 1, 0.5, 0.5] * 2, abs=1e-3)
 
 
@@ -51,7 +52,7 @@ def test_all_classes_take_turns_and_the_noise_is_the_same_each_time(pipe):
     asked = []
     labels = pipe.class_embedder.labels
     pipe.class_embedder.labels = lambda prompt: asked.append(prompt) or labels(prompt)
-    technique = PTQ(calibration_batches=3, batch_size=4, num_inference_steps=2)
+    technique = PTQ(run=classes(batch_size=4, num_inference_steps=2), samples=12)
     technique.apply(pipe)
     del pipe.class_embedder.labels
     names = list(pipe.class_embedder.config.class_names)
@@ -62,7 +63,7 @@ def test_all_classes_take_turns_and_the_noise_is_the_same_each_time(pipe):
     technique.apply(pipe)
     assert float(layer.input_quantizer.amax) == first
     technique.remove(pipe)
-    dataclasses.replace(technique, seed=1).apply(pipe)
+    dataclasses.replace(technique, run=dataclasses.replace(technique.run, seed=1)).apply(pipe)
     assert float(layer.input_quantizer.amax) != first
 
 

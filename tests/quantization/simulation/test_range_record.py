@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from quantization.pipelines import classes
 from small_transformers import family_pipeline, family_sample
 
 from diffusion_opt.quantization import RangeRecord, choose, record_ranges
 from diffusion_opt.quantization.simulation import range_record
 from diffusion_opt.quantization.simulation.range_record import LEVELS, LayerRanges
+from diffusion_opt.subjects import Run
 
-SETTINGS = {"num_batches": 2, "batch_size": 3, "num_inference_steps": 3, "guidance_scale": 2.0}
+SETTINGS = {"run": classes(batch_size=3, num_inference_steps=3, guidance_scale=2.0), "samples": 6}
 NAME = "transformer_blocks.0.ff.linear_out"
 
 
@@ -43,7 +45,7 @@ def test_small_layers_are_kept_whole_so_percentiles_are_exact(pipe, monkeypatch)
     inputs = []
     layer = pipe.transformer.get_submodule(NAME)
     handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten()))
-    record = record_ranges(pipe, [NAME], num_batches=1, batch_size=3, num_inference_steps=1, guidance_scale=2.0)
+    record = record_ranges(pipe, [NAME], classes(num_inference_steps=1, guidance_scale=2.0), samples=3)
     handle.remove()
     exact = torch.quantile(torch.cat(inputs), torch.tensor(LEVELS) / 100)
     assert record.layers[NAME].percentiles == (tuple(exact.tolist()),)
@@ -67,7 +69,7 @@ def test_drift_is_the_widest_over_the_narrowest():
 def test_every_family_tells_its_times(family, monkeypatch):
     pipe = family_pipeline(family, blocks=2)
     monkeypatch.setattr(range_record, "run_trajectories", lambda pipe, *_: family_sample(pipe, steps=3))
-    record = record_ranges(pipe, prompts=("unused",))
+    record = record_ranges(pipe, run=Run(("unused",)))
     for layer in record.layers.values():
         assert len(layer.times) == 3 and layer.times[0] == pytest.approx(1, abs=2e-3)
         assert all(low < high for low, high in zip(layer.smallest, layer.largest, strict=True))
@@ -75,7 +77,7 @@ def test_every_family_tells_its_times(family, monkeypatch):
 
 def test_a_student_has_its_own_times(shipped):
     pipe = shipped("fashion-4step")
-    assert len(record_ranges(pipe, [NAME], num_batches=1).layers[NAME].times) == 4
+    assert len(record_ranges(pipe, [NAME], samples=10).layers[NAME].times) == 4
 
 
 def test_layers_that_do_not_exist_are_named(pipe):
