@@ -5,11 +5,9 @@ quantization") a tensor is rounded to the format's grid and computed with in flo
 format while time and memory are not. The gradient passes straight through the rounding, which is all that training
 under quantization asks.
 
-modelopt converts a whole model at once, attention and LayerNorm included. On diffusers' attention classes that replaces
-the attention call by one without a gradient, even where its quantizers are off, and training fails; on LayerNorm it
-rounds inputs that nobody asked to round. So conversion is followed by pruning, before anything is calibrated: every
-module but the named layers gets its own class back. Each format then runs its algorithm with the other formats' layers
-off, since smoothing and SVDQuant act on every layer they find on.
+modelopt converts more than it is asked to; `conversion.py` takes the rest back before anything is calibrated. Each
+format then runs its algorithm with the other formats' layers off, since smoothing and SVDQuant act on every layer they
+find on.
 
 SmoothQuant and SVDQuant move part of a weight elsewhere. The weights from before are kept, and `restore` puts them
 back: what it leaves computes what it computed, bit for bit. It knows modules and not names, so a LoRA that wraps a
@@ -25,7 +23,7 @@ import contextlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -43,6 +41,7 @@ from diffusion_opt.quantization.guards import (
     refuse_adapters,
 )
 from diffusion_opt.quantization.simulation import cpu_backend
+from diffusion_opt.quantization.simulation.conversion import Added, added, attributes, exact_range, prune, undo
 from diffusion_opt.quantization.simulation.input_ranges import InputHistograms
 
 UNDO = "_diffusion_opt_simulated"  # attribute of the transformer that holds what `restore` needs
@@ -56,7 +55,7 @@ class Simulated:
 
     formats: dict[str, Format]
     layers: tuple[nn.Module, ...]  # the very modules that have quantizers, in the order of `formats`
-    added: tuple[tuple[nn.Module, frozenset[str]], ...]  # modules, and the attributes that modelopt gave to each
+    added: Added  # modules, and the attributes that modelopt gave to each
     weights: tuple[tuple[nn.Module, Tensor], ...]  # of layers whose algorithm changes them, as they were
 
 
@@ -108,7 +107,7 @@ def simulate_networks(
     fixed = [name for name, format in named.items() if format.static_input]
     if ranges != "max" and not fixed:
         raise ValueError(f"ranges={ranges!r} needs a format whose inputs have one fixed range, as int8 and fp8 have")
-    before = _attributes(root)
+    before = attributes(root)
     weights = {n: root.get_submodule(n).weight.detach().clone() for n, f in named.items() if f.changes_weights}
     try:
         _quantize(root, named, before, forward_loop, least)
@@ -116,23 +115,23 @@ def simulate_networks(
             _fit_ranges(root, named, fixed, forward_loop, ranges, percentile)
         _check_took_effect(root, named)
     except BaseException:
-        _undo(_added(root, before), ((root.get_submodule(name), weight) for name, weight in weights.items()))
+        undo(added(root, before), ((root.get_submodule(name), weight) for name, weight in weights.items()))
         raise
-    added = _added(root, before)
+    changed = added(root, before)
     for key, network in networks.items():
-        _remember(network, layers[key], added, weights, prefix="" if alone else f"{key}.")
+        _remember(network, layers[key], changed, weights, prefix="" if alone else f"{key}.")
 
 
 def _remember(
     network: nn.Module,
     layers: Mapping[str, Format],
-    added: tuple[tuple[nn.Module, frozenset[str]], ...],
+    converted: Added,
     weights: Mapping[str, Tensor],
     prefix: str,
 ) -> None:
     """Keep what `restore` needs on a network, and close its doors."""
     inside = set(network.modules())
-    own = tuple((module, names) for module, names in added if module in inside)
+    own = tuple((module, names) for module, names in converted if module in inside)
     changed = tuple(
         (network.get_submodule(name), weights[prefix + name]) for name in layers if prefix + name in weights
     )
@@ -160,7 +159,7 @@ def restore(transformer: nn.Module) -> None:
         raise ValueError("cannot remove modelopt's quantizers from this pipeline: they were not applied")
     delattr(transformer, UNDO)
     open_doors(transformer)
-    _undo(state.added, state.weights)
+    undo(state.added, state.weights)
 
 
 def _quantize(
@@ -175,7 +174,7 @@ def _quantize(
     cpu_backend.register()
     with _quiet(), _watched_inputs(root, layers) as samples:
         quantize(root, quant_config(layers))
-        _prune(root, before, {root.get_submodule(name) for name in layers})
+        prune(root, before, {root.get_submodule(name) for name in layers})
         for group in _by_algorithm(layers):
             needs_data = any(layers[name].needs_data for name in group)
             with _only(root, layers, group):
@@ -189,16 +188,15 @@ def _quantize(
             )
         if format.rank:
             _store_branch_in_half(root.get_submodule(name))
+        follow_class(root.get_submodule(name))
     for quantizer in _quantizers(root, layers, list(layers)):
-        _exact_range(quantizer)
+        exact_range(quantizer)
 
 
 def check_layers(transformer: nn.Module, layers: Mapping[str, Format]) -> None:
     """Raise ValueError unless these are plain linear layers with finite weights that their formats can hold."""
     if not layers:
         raise ValueError("nothing to quantize: no layer was named")
-    if getattr(transformer, UNDO, None) is not None:
-        raise ValueError("this transformer is quantized in simulation already: remove that first")
     linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     for name, format in layers.items():
         if name not in linears:
@@ -213,6 +211,8 @@ def check_layers(transformer: nn.Module, layers: Mapping[str, Format]) -> None:
             raise ValueError(
                 f"{name} is {tuple(layer.weight.shape)}: a branch of rank {format.rank} would be all of it"
             )
+    if getattr(transformer, UNDO, None) is not None:
+        raise ValueError("this transformer is quantized in simulation already: remove that first")
 
 
 def check_type(name: str, layer: nn.Linear) -> None:
@@ -362,53 +362,3 @@ def _check_took_effect(transformer: nn.Module, layers: Mapping[str, Format]) -> 
         amax = transformer.get_submodule(name).amax
         if amax is None and numbers.calibrated:
             raise RuntimeError(f"{name} saw no data in calibration: is this layer used at all?")
-
-
-def _exact_range(quantizer: nn.Module) -> None:
-    """The range in float32, and out of reach of casts; modelopt finds it in the type of the model."""
-    if quantizer.amax is not None:
-        quantizer._amax = quantizer._amax.float()
-    quantizer._apply = partial(_moved, quantizer)
-
-
-def _moved(quantizer: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply` of a quantizer: its range goes to another device and keeps its type, the rest is cast too."""
-    exact = getattr(quantizer, "_amax", None)
-    type(quantizer)._apply(quantizer, fn, recurse)
-    if exact is not None and quantizer._amax.dtype != exact.dtype:
-        quantizer._amax = exact.to(quantizer._amax.device)
-    return quantizer
-
-
-def _attributes(root: nn.Module) -> dict[nn.Module, frozenset[str]]:
-    return {module: frozenset({*vars(module), *module._modules}) for module in root.modules()}
-
-
-def _added(root: nn.Module, before: Mapping[nn.Module, frozenset[str]]) -> tuple[tuple[nn.Module, frozenset[str]], ...]:
-    """Each module of before with the attributes and submodules that modelopt gave to it."""
-    others = {"_diffusers_hook"}  # diffusers adds it in a pipeline call, and hooks put on later live there
-    return tuple((m, frozenset({*vars(m), *m._modules} - names - others)) for m, names in before.items())
-
-
-def _prune(root: nn.Module, before: Mapping[nn.Module, frozenset[str]], keep: set[nn.Module]) -> None:
-    """Give every converted module but the kept ones its class back; the root keeps modelopt's record."""
-    _undo(tuple((module, names) for module, names in _added(root, before) if module is not root and module not in keep))
-    for module in keep:
-        follow_class(module)
-
-
-def _undo(added: Iterable[tuple[nn.Module, frozenset[str]]], weights: Iterable[tuple[nn.Module, Tensor]] = ()) -> None:
-    """Give modules their own class back, delete what was added to them, and put weights back."""
-    from modelopt.torch.opt.dynamic import DynamicModule
-
-    for module, names in added:
-        converted = isinstance(module, DynamicModule)
-        while isinstance(module, DynamicModule):  # SVDQuant converts a converted layer once more
-            module.export()
-        for attribute in names:
-            if hasattr(module, attribute):
-                delattr(module, attribute)
-        if converted:
-            follow_class(module)
-    for module, weight in weights:
-        module.weight.data.copy_(weight)
