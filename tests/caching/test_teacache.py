@@ -10,6 +10,7 @@ import torch
 from caching.passes import decisions, stack_pass
 from caching.pipelines import generate, inputs_at, small_pipeline
 from diffusers import DiffusionPipeline
+from tiny_pipelines import tiny_pipeline
 
 from diffusion_opt.caching import TeaCache, calibrate_step_cache, step_cache_report
 from diffusion_opt.caching.rules import TeaCacheRule
@@ -143,9 +144,12 @@ def test_the_two_fits_of_a_calibration_are_used_as_chosen(pipe, tmp_path):
 def test_polynomials_warn_before_they_are_used(pipe, tmp_path):
     technique = TeaCache(0.5, curve="FLUX.1-dev")
     assert technique.describe() == "TeaCache at 0.5 with forecast, polynomial of FLUX.1-dev"
-    with pytest.warns(UserWarning, match="polynomial 'FLUX.1-dev' .* is falling"):
+    with pytest.raises(ValueError, match="fitted to a FluxTransformer2DModel"):
         technique.apply(pipe)
-    technique.remove(pipe)
+    flux = tiny_pipeline("flux")
+    with pytest.warns(UserWarning, match="polynomial 'FLUX.1-dev' .* is falling"):
+        technique.apply(flux)
+    technique.remove(flux)
     path = calibrated(pipe, tmp_path)
     stored = json.loads(Path(path).read_text()) | {"polynomial": {"coefficients": [1.0, -0.5]}}
     Path(path).write_text(json.dumps(stored))

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 DEGREE = 4
 CHECKED_UP_TO = 0.4  # relative change; few schedules move the input by more in a step
@@ -68,32 +68,44 @@ def fit_polynomial(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Polynomial
 
 @dataclass(frozen=True, slots=True)
 class PublishedPolynomial:
-    """A published set of coefficients: the file it is from and the signal whose change it takes."""
+    """A published set of coefficients: the file it is from, whom it was fitted to, and the signal it takes."""
 
     curve: PolynomialCurve
     file: str  # in the repository ali-vilab/TeaCache, Apache 2.0
+    family: str  # class of the transformer that it was fitted to
     signal: str = "modulated input"
 
-    def load(self, name: str) -> PolynomialCurve:
-        """The curve, with a UserWarning about whatever is wrong with it or with its use here."""
+    def load(self, name: str, transformer: nn.Module) -> PolynomialCurve:
+        """The curve, with a UserWarning about whatever is wrong with it or with its use here.
+
+        Raises ValueError for a transformer of another family: how far outputs follow inputs is a property of weights.
+        """
+        if type(transformer).__name__ != self.family:
+            raise ValueError(
+                f"the TeaCache polynomial {name!r} was fitted to a {self.family}, and this transformer is a "
+                f"{type(transformer).__name__}: calibrate on the model at hand (calibrate_step_cache)"
+            )
         other = "" if self.signal == "modulated input" else f"fitted to the change of the {self.signal}"
         self.curve.warn(f"{name!r} ({self.file})", other)
         return self.curve
 
 
-_WAN = ("TeaCache4Wan2.1/teacache_generate.py", "time embedding")
+_WAN = ("TeaCache4Wan2.1/teacache_generate.py", "WanTransformer3DModel", "time embedding")
 PUBLISHED: dict[str, PublishedPolynomial] = {
     "FLUX.1-dev": PublishedPolynomial(
         PolynomialCurve((4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)),
         "TeaCache4FLUX/teacache_flux.py",
+        "FluxTransformer2DModel",
     ),
     "HunyuanVideo": PublishedPolynomial(
         PolynomialCurve((7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02)),
         "TeaCache4HunyuanVideo/teacache_sample_video.py",
+        "HunyuanVideoTransformer3DModel",
     ),
     "LTX-Video-0.9.1": PublishedPolynomial(
         PolynomialCurve((2.14700694e01, -1.28016453e01, 2.31279151e00, 7.92487521e-01, 9.69274326e-03)),
         "TeaCache4LTX-Video/teacache_ltx.py",
+        "LTXVideoTransformer3DModel",
     ),
     "Wan2.1-T2V-1.3B": PublishedPolynomial(
         PolynomialCurve((2.39676752e03, -1.31110545e03, 2.01331979e02, -8.29855975e00, 1.37887774e-01)), *_WAN

@@ -55,9 +55,9 @@ class TeaCacheRule(AccumulatingRule):
 class TeaCache(StepCacheTechnique):
     """Technique: step caching with the TeaCache rule.
 
-    `curve` is "identity", the name of a published polynomial (`polynomial.PUBLISHED`), or the shipped name or path of a
-    calibration that `calibrate_step_cache` made, of which `fit` chooses the curve. `predictor` is "reuse" as published;
-    "forecast" is our default.
+    `curve` is "identity", the name of a polynomial that was published for this family (`polynomial.PUBLISHED`), or the
+    shipped name or path of a calibration that `calibrate_step_cache` made, of which `fit` chooses the curve. As
+    published, `predictor` is "reuse"; "forecast" is our default.
     """
 
     threshold: float  # change of the residual tolerated between computed steps; 0: none, bit-identical
@@ -82,7 +82,7 @@ class TeaCache(StepCacheTechnique):
         if self.curve == "identity":
             return TeaCacheRule(self.threshold, identity)
         if self.curve in PUBLISHED:
-            return TeaCacheRule(self.threshold, PUBLISHED[self.curve].load(self.curve))
+            return TeaCacheRule(self.threshold, PUBLISHED[self.curve].load(self.curve, pipe.transformer))
         calibration = StepCalibration.load(self.curve)
         calibration.run.check_model(pipe)
         if self.fit == "polynomial":

@@ -5,8 +5,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from small_transformers import small_transformer
+from tiny_pipelines import networks
 
 from diffusion_opt.caching.calibration.polynomial import PUBLISHED, PolynomialCurve, fit_polynomial
+from diffusion_opt.models.block_stack import FAMILIES
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -41,11 +44,16 @@ def test_faults_are_found_by_value_and_place():
         PolynomialCurve((1.0, float("nan")))
 
 
-def test_published_sets_warn_of_their_faults():
+def test_published_sets_warn_of_their_faults_and_serve_their_own_family():
+    flux, wan, ltx = networks.flux(), small_transformer("wan"), small_transformer("ltx")
     with pytest.warns(UserWarning, match=r"'FLUX.1-dev' \(TeaCache4FLUX/teacache_flux.py\) is falling"):
-        assert PUBLISHED["FLUX.1-dev"].load("FLUX.1-dev")(0.0) == pytest.approx(0.264, abs=1e-3)
+        assert PUBLISHED["FLUX.1-dev"].load("FLUX.1-dev", flux)(0.0) == pytest.approx(0.264, abs=1e-3)
     with pytest.warns(UserWarning, match=r"negative \(-13 at a change of 0\).*fitted to the change of the time emb"):
-        PUBLISHED["Wan2.1-T2V-14B"].load("Wan2.1-T2V-14B")
+        PUBLISHED["Wan2.1-T2V-14B"].load("Wan2.1-T2V-14B", wan)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        PUBLISHED["LTX-Video-0.9.1"].load("LTX-Video-0.9.1")
+        PUBLISHED["LTX-Video-0.9.1"].load("LTX-Video-0.9.1", ltx)
+    with pytest.raises(ValueError, match=r"fitted to a FluxTransformer2DModel, and this transformer is a Wan"):
+        PUBLISHED["FLUX.1-dev"].load("FLUX.1-dev", wan)
+    families = {family.__name__ for family in FAMILIES}
+    assert {published.family for published in PUBLISHED.values()} <= families
