@@ -7,13 +7,37 @@ from pathlib import Path
 from diffusion_opt.cli.options import RUNS, Device, settle, writable
 
 
-def doctor() -> None:
-    """Say what this machine has, what will be slow on it, and what to do next."""
+def doctor(drill: bool = False) -> None:
+    """Say what this machine has, what will be slow on it, and what to do next.
+
+    Args:
+        drill: also disturb a tiny training run on the disk of runs/, which takes a minute: kills, full disks, damage.
+    """
     from diffusion_opt.doctor import diagnose, print_report
 
     diagnosis = diagnose()
     print_report(diagnosis)
+    if drill:
+        _drill()
     raise SystemExit(diagnosis.exit_code)
+
+
+def _drill() -> None:
+    """The fault drill here, and the one that is published with the repository. Raises ValueError if something broke."""
+    from diffusion_opt.datasets.writing import read_json
+    from diffusion_opt.evaluation.drill import Outcome, table
+    from diffusion_opt.lesson.published import RESULTS
+    from diffusion_opt.training.drill import in_a_process
+
+    writable(RUNS)
+    here = in_a_process(kills=20, others=5, folder=RUNS)
+    print(f"fault drill on the disk of {RUNS.resolve()}; held and refused are well\n{table(here)}")
+    if (RESULTS / "reliability.json").is_file():
+        sections = read_json(RESULTS / "reliability.json", "restore it with git")["sections"].values()
+        rows = [Outcome.from_dict(row) for section in sections for row in section]
+        print(f"\nas published, benchmarks/results/reliability.json\n{table(rows)}")
+    if wrong := sum(row.wrong for row in here):
+        raise ValueError(f"{wrong} of {sum(row.tries for row in here)} disturbances had a wrong end on this disk")
 
 
 def demo(

@@ -82,6 +82,7 @@ class Distiller(Protocol):
                                               why the run should end early. A run that had ended so is asked again with
                                               no values when it is resumed
         progress(share)                       is told before each step what share of the budget is used
+        stepped(turn)                         is called after each update: the place to change what is `kept`
         kept: dict[str, nn.Module]            modules beside the roles that belong into a checkpoint: the average of a
                                               network that a loss compares with, running statistics in buffers
         notes: dict[str, float]               numbers that belong there, such as the running averages of an alarm
@@ -175,9 +176,10 @@ class _Run:
     def save(self, log: TrainingLog) -> None:
         """Write a checkpoint; all processes call it together.
 
-        Raises FloatingPointError if a trained weight is not finite; the last checkpoint then stays as it is.
+        Raises FloatingPointError if a weight in it is not finite; the last checkpoint then stays as it is.
         """
-        damaged = next(((n, at) for n, net in self.state.networks.items() if (at := not_finite(net)) is not None), None)
+        saved = {**self.state.networks, **self.state.kept}
+        damaged = next(((name, at) for name, one in saved.items() if (at := not_finite(one)) is not None), None)
         if self.processes.largest(float(damaged is not None))[0]:
             where = "" if damaged is None else f", first {damaged[1]!r} of the {damaged[0]}"
             raise FloatingPointError(
@@ -209,6 +211,7 @@ class _Run:
             other.zero_grad(set_to_none=True)
         if turn == self.shipped:
             self._average(role.network)
+        getattr(self.distiller, "stepped", lambda turn: None)(turn)
         state.step += 1
         values |= {"gradient_norm": norm.item()}
         prefix = "" if turn == self.shipped else f"{turn}_"
