@@ -350,7 +350,7 @@ def test_own_guidance_by_hand_and_off():
 
 
 def test_the_first_hop_of_ratio_times_is_longer_than_the_papers():
-    """From t = 0.9, sigma = 9: ECT halves sigma, so its hop ends at t = 0.82; ours halves t."""
+    """From t = 0.9, sigma = 9: the paper halves sigma, so its hop ends at t = 0.82; ours halves t."""
     t = torch.tensor([0.9], dtype=torch.float64)
     assert ratio_times(t, 0).item() == pytest.approx(0.45, abs=1e-3)
     sigma = 9.0 * (1 - (1 + 8 * torch.sigmoid(torch.tensor(-9.0)).item()) / 2)
