@@ -25,15 +25,16 @@ def doctor(drill: bool = False) -> None:
 def _drill() -> None:
     """The fault drill here, and the one that is published with the repository. Raises ValueError if something broke."""
     from diffusion_opt.datasets.writing import read_json
+    from diffusion_opt.doctor import ROOT
     from diffusion_opt.evaluation.drill import Outcome, table
-    from diffusion_opt.lesson.published import RESULTS
     from diffusion_opt.training.drill import in_a_process
 
     writable(RUNS)
     here = in_a_process(kills=20, others=5, folder=RUNS)
     print(f"fault drill on the disk of {RUNS.resolve()}; held and refused are well\n{table(here)}")
-    if (RESULTS / "reliability.json").is_file():
-        sections = read_json(RESULTS / "reliability.json", "restore it with git")["sections"].values()
+    published = ROOT / "benchmarks" / "results" / "reliability.json"
+    if published.is_file():
+        sections = read_json(published, "restore it with git")["sections"].values()
         rows = [Outcome.from_dict(row) for section in sections for row in section]
         print(f"\nas published, benchmarks/results/reliability.json\n{table(rows)}")
     if wrong := sum(row.wrong for row in here):
