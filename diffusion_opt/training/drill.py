@@ -223,13 +223,12 @@ class Drill:
             torch.set_num_threads(1)
             warnings.simplefilter("ignore")
             train(method, CONFIG, out or self.out, progress=False)
-            code = 0
-        except BaseException as error:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            told.write_text(f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})")
-            code = 1
-        os._exit(code)
+        finally:  # whatever happened: this process is a copy and must not go on with the drill
+            if (error := sys.exception()) is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                told.write_text(f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})")
+            os._exit(0 if error is None else 1)
 
     @staticmethod
     def _end(process: int) -> int:
