@@ -19,6 +19,7 @@ from diffusion_opt.caching.schedules.error_bound import ErrorBound, schedule_err
 from diffusion_opt.caching.schedules.recording import generation_tasks
 from diffusion_opt.evaluation import machine
 from diffusion_opt.models import load
+from diffusion_opt.subjects import Run
 
 RESULTS = Path(__file__).parent / "results"
 ALLOWED = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
@@ -53,15 +54,19 @@ def main(
         confidence: that is asked for.
         samples: held-out samples.
         batch_size: images a call.
-        seed: of their noise; must not be one that search or calibration used.
+        seed: number of the first of them; must be far from those that search and calibration used.
     """
     pipe = load(model)
     pipe.set_progress_bar_config(disable=True)
     bound = ErrorBound.load(calibration)
     bound.run.check_model(pipe)
-    prompts = [str(number % pipe.class_embedder.num_classes) for number in range(samples)]
-    run = bound.run
-    tasks = generation_tasks(prompts, run.num_inference_steps, run.guidance_scale, seed, batch_size)
+    run = Run.for_pipeline(
+        pipe,
+        num_inference_steps=bound.run.num_inference_steps,
+        guidance_scale=bound.run.guidance_scale,
+        batch_size=batch_size,
+    )
+    tasks = generation_tasks(run, samples, first=seed)
     skipping = schedule_errors(pipe, bound.masks[1:], bound.predictor, tasks, progress=True)
     held_out = torch.cat([torch.zeros(len(skipping), 1), skipping], dim=1)  # the first mask computes everything
     promised = 1 - confidence

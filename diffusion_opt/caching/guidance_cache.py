@@ -16,12 +16,16 @@ are more varied, and passes are saved besides. Where guidance is strong enough t
 nearer to that of the data (`benchmarks/sampling_steps.py`: at scale 2 it does, at 1.5 hardly).
 
 This is a relative of FasterCache's guidance part (Lv et al. 2024, arXiv 2410.19355), which reuses d in two frequency
-bands with hand-set weights and needs both passes in one batch; here they are separate passes, as FLUX.2 [klein] and Wan
-run them. LTX-2's further guidances (spatio-temporal, modality) are such passes too: the first pass of a step counts as
-the one with the prompt (the last samples of its batch where it is larger), all others are spared.
+bands with hand-set weights. It serves both ways in which pipelines run guidance:
+
+    separate passes      FLUX.2 [klein], Wan: the first pass of a step counts as the one with the prompt, all others are
+                         spared. LTX-2's further guidances (spatio-temporal, modality) are such passes too
+    one doubled batch    SD3, LTX, LTX-2: (without prompt, with prompt) in one pass, told by what the calling pipeline
+                         says of its guidance and by two equal halves of the latent. A spared step runs the second half
 
 Together with a step cache: a guidance pass is computed only where the step cache computed the first one, and every
-n-th of those, so that d is always the difference of two passes that really ran.
+n-th of those, so that d is always the difference of two passes that really ran. A step cache keeps whole batches, so
+over one doubled batches are not halved: guidance still has no effect outside the interval, but costs what it did.
 """
 
 import threading
@@ -32,19 +36,21 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from diffusion_opt.caching.step.generation import DEFAULT_CONTEXT, Generation, Kind, Schedule
-from diffusion_opt.caching.step.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
+from diffusion_opt.caching.step.generation import Generation, Moment
+from diffusion_opt.caching.step.hooks import InstanceHook, PassNames, arguments_of, hook_on, put_hook, remove_hook
 from diffusion_opt.caching.step.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName, keep_anchor
 from diffusion_opt.caching.step.report import StepCacheReport
-from diffusion_opt.caching.step.stack import attached_cut, check_whole_passes
+from diffusion_opt.caching.step.running import Whereabouts
+from diffusion_opt.caching.step.stack import COMPILED_HOOK_NAME, attached_cut, check_whole_passes
 from diffusion_opt.caching.step.technique import check_one_transformer, check_predictor
 from diffusion_opt.flow.velocity import ALL_TIMES, check_interval
-from diffusion_opt.models.block_stack import block_stack
+from diffusion_opt.models.block_stack import BlockStack, block_stack
 
 HOOK_NAME = "diffusion_opt_guidance_cache"
+UNPROMPTED = "uncond"  # name of the first half of a doubled batch in reports
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +79,15 @@ class GuidanceCache:
         """
         check_one_transformer(pipe)
         check_whole_passes(pipe.transformer)
+        if type(block_stack(pipe.transformer)).result is not BlockStack.result:
+            raise ValueError(
+                f"{type(pipe.transformer).__name__} returns its samples in a list, and the guidance cache serves "
+                "transformers that return them as one tensor"
+            )
         hook = _GuidanceHook(pipe, self)
         if _attached(pipe) is not None:
             raise ValueError("a guidance cache is already on this transformer: remove it before you apply another")
-        HookRegistry.check_if_exists_or_initialize(pipe.transformer).register_hook(hook, HOOK_NAME)
+        put_hook(pipe.transformer, hook, HOOK_NAME)
         return pipe
 
     def remove(self, pipe: DiffusionPipeline) -> None:
@@ -112,6 +123,7 @@ class _State:
     first_time: float | None = None
     first_ran: bool = False  # and was not skipped by a step cache
     num_ran: int = 0
+    whole: bool = False  # doubled batches are not halved, for a step cache beneath keeps them
     differences: dict[str, list[Anchor]] = field(default_factory=dict)
 
     def in_form(self, outputs: Iterable[Tensor]) -> Any:
@@ -137,7 +149,7 @@ class _GuidanceHook(InstanceHook):
         self.predictor: Extrapolation = PREDICTORS[technique.predictor]
         self.names = PassNames()
         self.last_report = StepCacheReport({})
-        self._schedule = Schedule(pipe)
+        self._whereabouts = Whereabouts(pipe)
         self._thread = _Thread()
 
     @torch.compiler.disable(recursive=False)
@@ -149,26 +161,57 @@ class _GuidanceHook(InstanceHook):
         time, sample = self.family.time_of(call), self.family.sample(call)
         if time is None:
             return run(*args, **kwargs)
-        name, time, state = self._enter(time, sample)
+        moment, state = self._enter(module, time, sample)
+        name, time = moment.context, moment.time
         if name == state.at.leader:
+            state.at.passes[name].append((time, True))
+            if _is_doubled(moment, sample):
+                return self._doubled(state, module, time, call, len(sample) // 2)
             output = run(*args, **kwargs)
             self._keep_first(state, module, time, output)
-            state.at.passes[name].append((time, True))
             return output
-        low, high = self.technique.interval
-        if state.first_time == time and not low <= time <= high:
+        if self._is_outside(time) and state.first_time == time:
             state.at.passes[name].append((time, False))
-            return self._without_effect(state, sample)
-        differences = state.differences.setdefault(name, [])
-        ready = len(differences) >= self.predictor.num_anchors and state.first_time == time
-        due = state.first_ran and (state.num_ran - 1) % self.technique.every == 0
-        computed = not ready or due or state.at.is_last
+            return self._without_effect(state, len(sample))
+        computed = self._is_due(state, name, time)
         state.at.passes[name].append((time, computed))
         if computed:
             output = run(*args, **kwargs)
-            self._keep_difference(state, differences, time, output)
+            self._keep_difference(state, name, time, _tensors(output))
             return output
-        return self._forecast(state, differences, time)
+        return state.in_form(self._forecast(state, name, time))
+
+    def _doubled(self, state: _State, module: nn.Module, time: float, call: dict[str, Any], half: int) -> Any:
+        """A step whose pass holds both halves: the one with the prompt always runs."""
+        passes, run = state.at.passes.setdefault(UNPROMPTED, []), self.fn_ref.original_forward
+        whole = attached_cut(module) is not None or hook_on(module, COMPILED_HOOK_NAME) is not None
+        outside = self._is_outside(time)
+        state.first_time, state.first_ran = time, True
+        spared = outside or not self._is_due(state, UNPROMPTED, time, coming=1)
+        state.whole = whole
+        if whole or not spared:
+            output = run(**call)
+            self._keep_first(state, module, time, output, slice(half, None))
+            passes.append((time, True))
+            if outside:
+                return state.in_form(torch.cat([prompted, prompted]) for prompted in state.first)
+            self._keep_difference(state, UNPROMPTED, time, tuple(part[:half] for part in _tensors(output)))
+            return output
+        output = run(**_second_half(call, 2 * half))
+        self._keep_first(state, module, time, output)
+        passes.append((time, False))
+        unprompted = state.first if outside else self._forecast(state, UNPROMPTED, time)
+        return state.in_form(torch.cat(pair) for pair in zip(unprompted, state.first, strict=True))
+
+    def _is_outside(self, time: float) -> bool:
+        low, high = self.technique.interval
+        return not low <= time <= high
+
+    def _is_due(self, state: _State, name: str, time: float, coming: int = 0) -> bool:
+        """Whether a guidance pass is computed; `coming` first passes of this step are still to be counted."""
+        ready = len(state.differences.get(name, ())) >= self.predictor.num_anchors and state.first_time == time
+        due = state.first_ran and (state.num_ran + coming - 1) % self.technique.every == 0
+        return not ready or due or state.at.is_last
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.names.forget()
@@ -185,7 +228,9 @@ class _GuidanceHook(InstanceHook):
         if (every == 1 and interval == ALL_TIMES) or self.last_report.total_skipped:
             return
         if len(state.at.passes) == 1:
-            why = "each step was a single pass (guidance is off, distilled, or batched into one pass)"
+            why = "each step was a single pass of one prompt each (guidance is off or distilled)"
+        elif state.whole:
+            why = "a step cache is on the transformer, and it keeps whole batches"
         elif every == 1:
             why = f"no step lies outside t = {interval[0]:g} to {interval[1]:g}"
         else:
@@ -197,38 +242,64 @@ class _GuidanceHook(InstanceHook):
         state = self._thread.state
         return self.last_report if state is None else StepCacheReport.of(state.at.passes)
 
-    def _enter(self, time: float, sample: Tensor) -> tuple[str, float, _State]:
-        seen = self.names.identify(time, sample)
-        name, kind = seen["context"] or DEFAULT_CONTEXT, Kind.of({"sample": sample})
-        state, time = self._thread.state, seen["time"]
-        if self._schedule.is_new(None if state is None else state.at, name, time, seen["step"], kind):
+    def _enter(self, module: nn.Module, time: float, sample: Tensor) -> tuple[Moment, _State]:
+        running = self._whereabouts.of(module, lambda: time)
+        seen = self.names.identify(time if running is None else running.time, sample)
+        moment = Moment.of(seen["context"], seen["time"], seen["step"], running, sample=sample)
+        state = self._thread.state
+        if state is None or not state.at.goes_on_with(moment):
             self.end_generation()
-            state = self._thread.state = _State(self._schedule.begin(name, time))
-        state.at.note(name, time, seen["step"], kind)
-        return name, time, state
+            state = self._thread.state = _State(Generation.beginning(moment))
+        elif state.at.is_other_kind(moment):
+            state.differences.clear()
+        state.at.note(moment)
+        return moment, state
 
-    def _keep_first(self, state: _State, module: nn.Module, time: float, output: Any) -> None:
+    def _keep_first(
+        self, state: _State, module: nn.Module, time: float, output: Any, prompted: slice = slice(None)
+    ) -> None:
         cut = attached_cut(module)
-        state.first, state.form, state.first_time = _tensors(output), type(output), time
+        state.first, state.form = tuple(part[prompted] for part in _tensors(output)), type(output)
+        state.first_time = time
         state.first_ran = cut is None or not cut.now.last_skipped
         state.num_ran += state.first_ran
 
-    def _keep_difference(self, state: _State, differences: list[Anchor], time: float, output: Any) -> None:
+    def _keep_difference(self, state: _State, name: str, time: float, outputs: tuple[Tensor, ...]) -> None:
         if state.first_time != time or not state.first_ran:
             return
-        pairs = zip(state.first, _tensors(output), strict=True)
+        pairs = zip(state.first, outputs, strict=True)
         difference = {str(i): first[-len(own) :] - own for i, (first, own) in enumerate(pairs)}
-        keep_anchor(differences, Anchor(time, difference), self.predictor.num_anchors)
+        keep_anchor(state.differences.setdefault(name, []), Anchor(time, difference), self.predictor.num_anchors)
 
-    def _forecast(self, state: _State, differences: list[Anchor], time: float) -> Any:
-        """The outputs of the spared pass, in the form of the first one's."""
-        predicted = self.predictor.predict(differences, time).values()
-        return state.in_form(first[-len(d) :] - d for first, d in zip(state.first, predicted, strict=True))
+    def _forecast(self, state: _State, name: str, time: float) -> tuple[Tensor, ...]:
+        """The outputs of the spared pass."""
+        predicted = self.predictor.predict(state.differences[name], time).values()
+        return tuple(first[-len(d) :] - d for first, d in zip(state.first, predicted, strict=True))
 
-    def _without_effect(self, state: _State, sample: Tensor) -> Any:
+    def _without_effect(self, state: _State, batch: int) -> Any:
         """The outputs of the first pass once more: their difference, and with it guidance, is nothing."""
-        return state.in_form(first[-len(sample) :] for first in state.first)
+        return state.in_form(first[-batch:] for first in state.first)
 
 
 def _tensors(output: Any) -> tuple[Tensor, ...]:
     return output if isinstance(output, tuple) else output.to_tuple()
+
+
+def _is_doubled(moment: Moment, sample: Tensor) -> bool:
+    """Whether a pass holds a batch twice, without and with the prompt, as far as its pipeline says so."""
+    pipe = None if moment.running is None else moment.running.pipe
+    if moment.context in ("cond", "uncond") or not getattr(pipe, "do_classifier_free_guidance", False):
+        return False
+    return len(sample) % 2 == 0 and bool(torch.equal(*sample.chunk(2)))
+
+
+def _second_half(call: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The arguments of the half with the prompt; position ids and rotations are no samples."""
+
+    def half(leaf: Any) -> Any:
+        return leaf[batch // 2 :] if torch.is_tensor(leaf) and leaf.ndim and len(leaf) == batch else leaf
+
+    return {
+        name: value if name.endswith("_ids") or "rotary" in name else tree_map(half, value)
+        for name, value in call.items()
+    }

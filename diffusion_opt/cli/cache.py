@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from diffusion_opt.caching.schedules.search import Mask
+    from diffusion_opt.subjects import Run
 
 Model = Annotated[str, tyro.conf.Positional]
 PredictorChoice = Literal["reuse", "forecast", "quadratic", "hermite"]
@@ -49,12 +50,10 @@ def calibrate(
         device: where to run; auto takes the GPU if there is one.
     """
     writable(out)
-    pipe, prompts, steps, guidance = _opened(model, prompts, steps, guidance, settle(device, threads))
-    import torch
-
+    pipe, run = _opened(model, prompts, steps, guidance, seed, settle(device, threads))
     from diffusion_opt.caching import calibrate_step_cache
 
-    found = calibrate_step_cache(pipe, prompts, steps, guidance, torch.Generator().manual_seed(seed))
+    found = calibrate_step_cache(pipe, run)
     path = out / f"{Path(model).name}-calibration.json"
     found.save(path)
     print(f"{found.describe()}\nwritten to {path}")
@@ -101,9 +100,10 @@ def search(
         device: where to run; auto takes the GPU if there is one.
     """
     writable(out)
-    pipe, prompts, steps, guidance = _opened(model, prompts, steps, guidance, settle(device, threads))
-    from diffusion_opt.caching.schedules.recording import generation_tasks
-    from diffusion_opt.caching.schedules.schedule import CacheSchedule, search_schedule
+    pipe, run = _opened(model, prompts, steps, guidance, seed, settle(device, threads))
+    from diffusion_opt.caching.comparison.contest import steps_of
+    from diffusion_opt.caching.schedules.recording import GenerationTask, generation_tasks
+    from diffusion_opt.caching.schedules.schedule import HELD_OUT, CacheSchedule, search_schedule
     from diffusion_opt.caching.schedules.search import (
         SearchSettings,
         check_budget,
@@ -114,11 +114,11 @@ def search(
 
     others = tuple(n for n in bound_budgets if n not in budgets) if bound_samples else ()
     for budget in (*budgets, *others):
-        check_budget(budget, steps, max_gap)
+        check_budget(budget, steps_of(pipe, run), max_gap)
     paths = {budget: out / f"{Path(model).name}-{budget}.json" for budget in budgets}
     settings = SearchSettings(predictor, max_gap=max_gap, trials=trials, seed=seed)
-    task = generation_tasks(prompts, steps, guidance, seed, len(prompts))[0]
-    unseen = generation_tasks(_repeated(prompts, held_out), steps, guidance, seed + 10_000) if held_out else ()
+    task = GenerationTask(run, tuple(range(len(run.prompts))))
+    unseen = generation_tasks(run, held_out, first=HELD_OUT) if held_out else ()
     costs = None
     if others or not all(path.is_file() for path in paths.values()):
         costs = measure_costs(pipe, [task], settings, progress=True)
@@ -130,9 +130,8 @@ def search(
         masks.append(found.mask)
         print(found.describe(), flush=True)
     if bound_samples:
-        masks += [within_budget(costs, budget).mask(steps) for budget in others]
-        tasks = generation_tasks(_repeated(prompts, bound_samples), steps, guidance, seed + 20_000)
-        _bound(pipe, masks, predictor, tasks, out / f"{Path(model).name}-error-bound.json")
+        masks += [costs.whole(within_budget(costs, budget).mask(costs.num_steps)) for budget in others]
+        _bound(pipe, run, masks, predictor, bound_samples, out / f"{Path(model).name}-error-bound.json")
     print(f"written to {out}")
 
 
@@ -157,12 +156,12 @@ def compare(
         device: where to run; auto takes the GPU if there is one.
     """
     writable(out)
-    pipe, _, _, _ = _opened(model, (), None, None, settle(device, threads))
+    pipe, run = _opened(model, (), None, None, 0, settle(device, threads))
     from rich.console import Console
 
     from diffusion_opt.caching.comparison import compare as comparison
 
-    result = comparison.compare(pipe, budgets=budgets, num_samples=samples, seed=seed)
+    result = comparison.compare(pipe, budgets=budgets, num_samples=samples, seed=seed, run=run)
     path = out / f"{Path(model).name}-comparison.json"
     result.save(path)
     Console().print(result.table())
@@ -170,33 +169,30 @@ def compare(
 
 
 def _opened(
-    model: str, prompts: tuple[str, ...], steps: int | None, guidance: float | None, device: str
-) -> "tuple[DiffusionPipeline, tuple[str, ...], int, float]":
-    """The pipeline and the run in full, with the model's own defaults. Raises ValueError for what it does not know."""
-    from diffusion_opt.models import TinyFlux2Pipeline, load
+    model: str, prompts: tuple[str, ...], steps: int | None, guidance: float | None, seed: int, device: str
+) -> "tuple[DiffusionPipeline, Run]":
+    """The pipeline and its run, with the model's own defaults. Raises ValueError for what it does not know."""
+    from diffusion_opt.models import load
+    from diffusion_opt.subjects import Run
 
     pipe = load(model, device=device)
     pipe.set_progress_bar_config(disable=True)
-    if isinstance(pipe, TinyFlux2Pipeline):
-        prompts = prompts or tuple(pipe.class_embedder.config.class_names)
-        steps = steps or pipe.config.default_steps
-        guidance = pipe.config.default_guidance if guidance is None else guidance
-    if not prompts or steps is None or guidance is None:
-        raise ValueError(f"{model} has no defaults of its own: give --prompts, --steps and --guidance")
-    return pipe, prompts, steps, guidance
-
-
-def _repeated(prompts: tuple[str, ...], number: int) -> list[str]:
-    return [prompts[i % len(prompts)] for i in range(number)]
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": 10}
+    return pipe, Run.for_pipeline(pipe, prompts, **settings)
 
 
 def _bound(
-    pipe: "DiffusionPipeline", masks: "list[Mask]", predictor: PredictorChoice, tasks: tuple, path: Path
+    pipe: "DiffusionPipeline",
+    run: "Run",
+    masks: "list[Mask]",
+    predictor: PredictorChoice,
+    num_samples: int,
+    path: Path,
 ) -> None:
     """Calibrate and save the error bound, and say what it allows."""
     from diffusion_opt.caching.schedules.error_bound import calibrate_error_bound, least_samples
 
-    bound = calibrate_error_bound(pipe, masks, predictor, tasks, progress=True)
+    bound = calibrate_error_bound(pipe, run, masks, predictor, num_samples, progress=True)
     bound.save(path)
     confidence = 0.9 if len(bound.errors) >= least_samples(0.9) else 0.5
     for allowed in (0.01, 0.02, 0.05, 0.1):

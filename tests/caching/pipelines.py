@@ -8,6 +8,7 @@ import torch
 from small_pipelines import SMALL
 
 from diffusion_opt.models import TinyFlux2Pipeline
+from diffusion_opt.subjects import Run
 
 generate = partial(small_pipelines.generate, steps=6)
 
@@ -29,3 +30,8 @@ def inputs_at(time: float, batch: int = 2, image_tokens: int = 16, seed: int = 0
         "txt_ids": torch.zeros(2, 4),
         "return_dict": False,
     }
+
+
+def run_of(*prompts: str, steps: int = 6, guidance: float = 2.0, seed: int = 1, batch_size: int = 10) -> Run:
+    """A run of the small pipeline: one of each prompt."""
+    return Run(prompts, num_inference_steps=steps, guidance_scale=guidance, seed=seed, batch_size=batch_size)

@@ -28,7 +28,7 @@ class Mask(Rule):
     def __init__(self, mask: str) -> None:
         self.mask, self.index = mask, 0
 
-    def start(self, pipe):
+    def start(self):
         self.index = 0
 
     def skip(self, stack, forced):
@@ -37,7 +37,7 @@ class Mask(Rule):
 
 
 def put_step_cache(pipe, mask: str) -> StackCut:
-    cut = StackCut(pipe.transformer, StepCache(Mask(mask), PREDICTORS["forecast"], pipe))
+    cut = StackCut(pipe.transformer, StepCache(Mask(mask), PREDICTORS["forecast"]), pipe)
     cut.attach(pipe.transformer)
     return cut
 
@@ -209,8 +209,9 @@ def test_what_cannot_save_anything_warns(pipe):
     with pytest.warns(UserWarning, match=r"no step lies outside t = 0\.01 to 1"):
         generate(pipe)
     batched = family_pipeline("ltx")
+    put_step_cache(batched, "#" * 6)
     GuidanceCache().apply(batched)
-    with pytest.warns(UserWarning, match="batched into one pass"):
+    with pytest.warns(UserWarning, match="a step cache is on the transformer, and it keeps whole batches"):
         family_sample(batched)
 
 

@@ -47,7 +47,7 @@ def test_skipped_outputs_teach_nothing_and_a_generation_starts_afresh():
     inputs = constant(1, 2, 3, 4, 5, 6)
     for _ in range(2):
         assert run(rule, inputs, constant(2, 4, 1e6, 1e6, 16, 9)) == "##..#."
-        rule.start(None)
+        rule.start()
 
 
 def test_rates_are_taken_for_each_sample():

@@ -30,7 +30,7 @@ def test_the_mean_over_samples_decides_and_a_generation_starts_afresh():
     before, after = torch.ones(2, 5, 3), torch.ones(2, 5, 3)
     after[0] += 0.3  # changes 0.3 and 0: mean 0.15
     assert decisions(rule, [stack_pass(probe=before), stack_pass(probe=after)]) == "#."
-    rule.start(None)
+    rule.start()
     assert decisions(rule, [stack_pass(probe=after)], forced=()) == "#"
 
 

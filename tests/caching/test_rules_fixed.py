@@ -23,7 +23,7 @@ def test_every_nth_pass_is_computed(every, expected):
 def test_a_forced_pass_starts_the_interval_anew():
     rule = IntervalRule(3)
     assert decisions(rule, plain(8), forced=(0, 1, 6)) == "##..#.#."
-    rule.start(None)
+    rule.start()
     assert decisions(rule, plain(3), forced=()) == "..#"  # the cache forces the first, the rule does not
 
 
@@ -42,7 +42,7 @@ def test_a_run_of_another_length_is_refused():
     rule = MaskRule((True, False, True))
     with pytest.raises(ValueError, match="for 3 steps, this run has 4"):
         decisions(rule, [stack_pass(step=(0, 4))])
-    rule.start(None)
+    rule.start()
     with pytest.raises(ValueError, match="for 3 steps, this run has 4"):
         decisions(rule, plain(4))
 

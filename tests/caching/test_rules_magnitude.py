@@ -39,7 +39,7 @@ def test_retention_is_rounded_and_forcing_starts_the_sums_anew():
     assert decisions(MagnitudeRule(0.25, (1.0, 1.25), retention=0.0), plain(2)) == "#."  # at the threshold: skipped
     rule = MagnitudeRule(0.1, ones, 9)
     for _ in range(2):
-        rule.start(None)
+        rule.start()
         assert decisions(rule, plain(10)) == "##........"
     with pytest.raises(ValueError, match="ratios for 10 steps, this run has more"):
         decisions(rule, plain(1))
@@ -96,7 +96,7 @@ def test_ratios_serve_their_own_model_and_run_only(pipe, tmp_path):
     with pytest.raises(ValueError, match="calibrated on model"):
         technique.apply(small_pipeline(seed=1))
     technique.apply(pipe)
-    with pytest.raises(ValueError, match=r"with 6 steps and guidance 2, this run is .* with 7 steps"):
+    with pytest.raises(ValueError, match=r"with 6 steps, this run is .* with 7 steps"):
         generate(pipe, steps=7)
 
 

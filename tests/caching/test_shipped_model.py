@@ -7,8 +7,7 @@ import warnings
 from itertools import pairwise
 
 import pytest
-import torch
-from caching.pipelines import generate
+from caching.pipelines import generate, run_of
 
 from diffusion_opt.caching import (
     EasyCache,
@@ -38,8 +37,7 @@ def dense(teacher):
 @pytest.fixture(scope="module")
 def calibration(teacher, tmp_path_factory):
     """The calibration and the path it is saved at."""
-    prompts = [str(label) for label in range(10)]
-    found = calibrate_step_cache(teacher, prompts, STEPS, 2.0, torch.Generator().manual_seed(0))
+    found = calibrate_step_cache(teacher, run_of(*map(str, range(10)), steps=STEPS))
     path = tmp_path_factory.mktemp("calibration") / "calibration.json"
     found.save(path)
     return found, str(path)

@@ -35,7 +35,7 @@ def test_search_writes_schedules_and_a_bound_that_the_pipeline_can_use(folder, t
     pipe = load(folder)
     generate(ScheduledCache(str(out / "toy-3.json")).apply(pipe), steps=6)
     ScheduledCache(str(out / "toy-3.json")).remove(pipe)
-    generate(ErrorBoundedCache(9.0, 0.9, str(out / "toy-error-bound.json")).apply(pipe), steps=6)
+    generate(ErrorBoundedCache(9.0, str(out / "toy-error-bound.json")).apply(pipe), steps=6)
 
 
 def test_calibrate_writes_a_calibration_of_the_models_own_run(folder, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_opt.caching import calibrate_step_cache
+from diffusion_opt.caching import calibrate_runs
 from diffusion_opt.caching.step.stack import attached_cut
 from diffusion_opt.lesson.watching import change_map, change_pairs
 from diffusion_opt.models import load
@@ -18,9 +18,7 @@ def test_pairs_are_those_of_the_calibration():
         pipe(["bag", "coat"], 6, generator=torch.Generator().manual_seed(3), output_type="latent")
 
     x, y = change_pairs(pipe, generate)
-    found = calibrate_step_cache(
-        pipe, ["bag", "coat"], 6, pipe.config.default_guidance, torch.Generator().manual_seed(3)
-    )
+    found = calibrate_runs(pipe, [generate])
     assert x.shape == y.shape == (found.num_pairs,) == (2 * 2 * 5,)
     assert float(x.max()) == pytest.approx(found.curve.changes[-1], rel=0.3)
     by_step = y.reshape(2, 5, 2).mean(dim=(0, 2))

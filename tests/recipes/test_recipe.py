@@ -121,7 +121,7 @@ def test_recipes_round_trip_through_json(tmp_path: Path) -> None:
         EasyCache(0.1, warmup=5),
         StepTable(0.1, "calibration.json", "hermite"),
         ScheduledCache("fashion-10"),
-        ErrorBoundedCache(0.03),
+        ErrorBoundedCache(0.03, "fashion-error-bound"),
         CompiledSchedule((True, True, False, True)),
     ],
     ids=lambda technique: type(technique).__name__,

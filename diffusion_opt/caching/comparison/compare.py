@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from diffusers import DiffusionPipeline
 
 from diffusion_opt.caching.comparison.baselines import CannotRunError
-from diffusion_opt.caching.comparison.contest import Contest, RunSettings, Setting, Solver, scheduled
+from diffusion_opt.caching.comparison.contest import Contest, Setting, Solver, scheduled
 from diffusion_opt.caching.comparison.contestants import Contestant, Group, contestants
 from diffusion_opt.caching.rules import FixedSchedule
 from diffusion_opt.caching.rules.fixed import marks
@@ -28,6 +28,7 @@ from diffusion_opt.caching.schedules.search import SearchSettings
 from diffusion_opt.caching.step.predictors import PredictorName
 from diffusion_opt.datasets.writing import read_json, write_json
 from diffusion_opt.evaluation import interleaved, machine
+from diffusion_opt.subjects import Run
 
 if TYPE_CHECKING:
     from rich.console import Group as Tables
@@ -91,7 +92,7 @@ class Comparison:
     teacher_errors: dict[str, dict[str, float]]  # of the uncached runs, by solver: to each judge
     seconds: dict[str, float]  # median of a call of `batch_size` images, by "policy @ budget"; "full" is the teacher
     steps: int
-    guidance: float
+    guidance: float | None  # None: the pipeline's own
     num_samples: int
     batch_size: int
     macs_of_a_step: float  # multiply-accumulates of a full step of one sample
@@ -233,8 +234,8 @@ def conclude(contest: Contest, found: Sequence[Line], seconds: Mapping[str, floa
         lines=tuple(found),
         teacher_errors={solver: contest.errors(contest.judges[solver]) for solver in ("euler", "adams_bashforth2")},
         seconds=dict(seconds),
-        steps=contest.run.steps,
-        guidance=contest.run.guidance,
+        steps=contest.steps,
+        guidance=contest.run.guidance_scale,
         num_samples=contest.num_samples,
         batch_size=contest.batch_size,
         macs_of_a_step=contest.macs_of_a_step,
@@ -248,7 +249,7 @@ def compare(
     budgets: Sequence[int] = (20, 15, 10, 7),
     num_samples: int = 32,
     seed: int = 30_000,
-    run: RunSettings | None = None,
+    run: Run | None = None,
     search: SearchSettings | None = None,
     only: Sequence[str] | None = None,
     rounds: int = 3,
@@ -256,8 +257,8 @@ def compare(
 ) -> Comparison:
     """Everyone at every budget; the pipeline is left as it was.
 
-    `rounds` turns of timing for each policy with numbers; 0: none. `only` names the policies to run. Raises ValueError
-    for a pipeline without a run of its own unless `run` is given, and for unknown names.
+    `run` None is one of each class of a class-conditional pipeline. `rounds` turns of timing for each policy with
+    numbers; 0: none. `only` names the policies to run. Raises ValueError as `Contest` does, and for unknown names.
     """
     contest = Contest(pipe, run, num_samples, seed, progress=progress)
     made = list(lines(contest, budgets, search or SearchSettings(), only))

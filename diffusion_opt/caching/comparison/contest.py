@@ -16,11 +16,12 @@ The last judge is the one that a cache's makers rarely call: a run of fewer step
 the truth than the teacher it is said to be worse than.
 """
 
+import inspect
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
@@ -38,6 +39,7 @@ from diffusion_opt.caching.schedules.search import even_mask
 from diffusion_opt.caching.step.technique import StepCacheTechnique
 from diffusion_opt.evaluation import count
 from diffusion_opt.models import FlowMatchAdamsBashforthScheduler
+from diffusion_opt.subjects import Run
 
 Solver = Literal["euler", "adams_bashforth2"]
 SCHEDULERS = {"euler": FlowMatchEulerDiscreteScheduler, "adams_bashforth2": FlowMatchAdamsBashforthScheduler}
@@ -81,33 +83,38 @@ def scheduled(schedule: FixedSchedule, solver: Solver) -> Setting:
     return Setting(schedule.describe(), len(schedule.mask), solver, scope_of(schedule), schedule)
 
 
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """The run that is to be made cheaper."""
+def steps_of(pipe: DiffusionPipeline, run: Run) -> int:
+    """Steps of a run; where it leaves them to the pipeline, the pipeline's own. Raises ValueError if it names none."""
+    usual = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+    found = run.num_inference_steps or getattr(pipe.config, "default_steps", None) or usual
+    if not isinstance(found, int):
+        raise ValueError(f"{type(pipe).__name__} has no steps of its own: give Run(…, num_inference_steps=…)")
+    return found
 
-    prompts: tuple[str, ...]  # repeated as often as there are samples
-    steps: int
-    guidance: float
 
-    @classmethod
-    def of(cls, pipe: DiffusionPipeline) -> "RunSettings":
-        """The defaults of a shipped model. Raises ValueError for a pipeline without such."""
-        if not hasattr(pipe, "class_embedder"):
-            raise ValueError(f"{type(pipe).__name__} has no run of its own: pass RunSettings(prompts, steps, guidance)")
-        names = tuple(pipe.class_embedder.config.class_names)
-        return cls(names, pipe.config.default_steps, pipe.config.default_guidance)
+def check_solvable(pipe: DiffusionPipeline) -> None:
+    """Raise ValueError unless Euler steps in the pipeline's own times are what its scheduler does, or approximates."""
+    scheduler = pipe.scheduler
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"a comparison runs the Euler and the Adams-Bashforth scheduler of flow matching in the place of the "
+            f"pipeline's own, and {type(scheduler).__name__} has other times: set pipe.scheduler = "
+            "FlowMatchEulerDiscreteScheduler(shift=…) to compare"
+        )
 
 
 class Contest:
     """Runs settings on the same held-out noises, and knows what they cost and how far off they are.
 
-    Thresholds and schedules have noises of their own, half a million seeds away. All is made when first needed.
+    `seed` is the number of the first held-out sample of the run. Thresholds and schedules have noises of their own,
+    half a million samples on. All is made when first needed. Raises ValueError for a run that the pipeline cannot make,
+    and for a scheduler that is not one of flow matching, which the two solvers cannot replace.
     """
 
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        run: RunSettings | None = None,
+        run: Run | None = None,
         num_samples: int = 32,
         seed: int = 30_000,
         batch_size: int = 8,
@@ -116,12 +123,15 @@ class Contest:
         progress: bool = True,
     ) -> None:
         self.pipe = pipe
-        self.run = RunSettings.of(pipe) if run is None else run
+        self.run = Run.for_pipeline(pipe) if run is None else run
+        self.run.check(pipe)
+        check_solvable(pipe)
+        self.steps = steps_of(pipe, self.run)
         self.num_samples = num_samples
         self.seed = seed
         self.batch_size = batch_size
         self.tuning_samples = tuning_samples
-        self.fine_steps = fine_steps or 4 * self.run.steps
+        self.fine_steps = fine_steps or 4 * self.steps
         self.progress = progress
         self._tuning_references: dict[Solver, Tensor] = {}
         self._folder = tempfile.TemporaryDirectory()
@@ -134,9 +144,9 @@ class Contest:
         """One batch of other noises."""
         return self._tasks(steps, self.tuning_samples, self.seed + 500_000, self.tuning_samples)[0]
 
-    def _tasks(self, steps: int, number: int, seed: int, batch_size: int) -> tuple[GenerationTask, ...]:
-        prompts = [self.run.prompts[i % len(self.run.prompts)] for i in range(number)]
-        return generation_tasks(prompts, steps, self.run.guidance, seed, batch_size)
+    def _tasks(self, steps: int, number: int, first: int, batch_size: int) -> tuple[GenerationTask, ...]:
+        run = replace(self.run, num_inference_steps=steps, batch_size=batch_size)
+        return generation_tasks(run, number, first)
 
     def sample(self, setting: Setting, task: GenerationTask) -> Float[Tensor, "b *s"]:
         """One batch under a setting. Raises CannotRunError for a baseline that does not fit the pipeline."""
@@ -173,14 +183,14 @@ class Contest:
     def tuning_reference(self, solver: Solver) -> Float[Tensor, "b *s"]:
         """What the uncached run makes of the tuning batch."""
         if solver not in self._tuning_references:
-            self._tuning_references[solver] = self.sample(self.full(solver), self.tuning_task(self.run.steps))
+            self._tuning_references[solver] = self.sample(self.full(solver), self.tuning_task(self.steps))
         return self._tuning_references[solver]
 
     @cached_property
     def calibration(self) -> StepCalibration:
         """What TeaCache, MagCache and the step table need, from one generation of each prompt."""
-        run, generator = self.run, torch.Generator().manual_seed(self.seed + 600_000)
-        return calibrate_step_cache(self.pipe, run.prompts, run.steps, run.guidance, generator)
+        noises = self.run.seed + self.seed + 600_000
+        return calibrate_step_cache(self.pipe, replace(self.run, num_inference_steps=self.steps, seed=noises))
 
     @cached_property
     def calibration_path(self) -> str:
@@ -196,6 +206,17 @@ class Contest:
         return count(lambda: self.sample(Setting("one step", 1), task)).macs / 2
 
     @cached_property
+    def two_passes(self) -> bool:
+        """Whether guidance is a second pass of each step."""
+        calls: list[int] = []
+        handle = self.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+        try:
+            self.sample(Setting("one step", 1), self._tasks(1, 1, self.seed, 1)[0])
+        finally:
+            handle.remove()
+        return len(calls) > 1
+
+    @cached_property
     def skipped_step(self) -> float:
         """What a step costs in which no block runs, in full steps."""
         mask = even_mask(2, 1)
@@ -204,17 +225,15 @@ class Contest:
 
     def affordable(self, budget: float) -> int:
         """Steps that a cache can compute within a budget, all others skipped. Raises ValueError if not even one."""
-        number = int((budget - self.run.steps * self.skipped_step) / (1 - self.skipped_step) + 1e-9)
+        number = int((budget - self.steps * self.skipped_step) / (1 - self.skipped_step) + 1e-9)
         if number < 1:
-            least = 1 + (self.run.steps - 1) * self.skipped_step
-            raise ValueError(
-                f"a cached run of {self.run.steps} steps costs {least:.2f} full steps or more, got {budget}"
-            )
+            least = 1 + (self.steps - 1) * self.skipped_step
+            raise ValueError(f"a cached run of {self.steps} steps costs {least:.2f} full steps or more, got {budget}")
         return number
 
     def full(self, solver: Solver) -> Setting:
         """The uncached run."""
-        return Setting(f"{self.run.steps} steps in full, {solver}", self.run.steps, solver)
+        return Setting(f"{self.steps} steps in full, {solver}", self.steps, solver)
 
     @cached_property
     def judges(self) -> dict[str, Float[Tensor, "n *s"]]:

@@ -95,7 +95,7 @@ class Tuned:
 
     def _setting(self, contest: Contest, threshold: float) -> Setting:
         scope, label = self.make(threshold)
-        return Setting(label, contest.run.steps, "euler", scope)
+        return Setting(label, contest.steps, "euler", scope)
 
     def _cost(self, contest: Contest, threshold: float) -> float:
         if threshold not in self.tried:
@@ -141,7 +141,7 @@ class EvenSpacing:
     group: Group = "even spacing"
 
     def spend(self, contest: Contest, budget: int) -> Setting:
-        mask = even_mask(contest.run.steps, contest.affordable(budget))
+        mask = even_mask(contest.steps, contest.affordable(budget))
         return scheduled(FixedSchedule(mask, self.predictor), "euler")
 
 
@@ -159,7 +159,7 @@ class Searched:
     costs: list[SegmentCosts] = field(default_factory=list)  # one that serves all budgets, made when first needed
 
     def spend(self, contest: Contest, budget: int) -> Setting:
-        task = contest.tuning_task(contest.run.steps)
+        task = contest.tuning_task(contest.steps)
         number = contest.affordable(budget)
         with contest.solver(self.solver):
             if not self.costs:
@@ -216,7 +216,7 @@ def _rules(contest: Contest) -> list[Contestant]:
 
 
 def _libraries(contest: Contest) -> list[Contestant]:
-    steps, two_passes = contest.run.steps, contest.run.guidance > 1
+    steps, two_passes = contest.steps, contest.two_passes
 
     def by_threshold(name: str, make: Callable[[float], DiffusersCache | CacheDit]) -> Tuned:
         def scope(threshold: float) -> tuple[Scope, str]:

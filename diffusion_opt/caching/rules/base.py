@@ -13,9 +13,7 @@ so it serves every family of transformers.
 
 from abc import abstractmethod
 
-from diffusers import DiffusionPipeline
-
-from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration.calibrated_run import Belonging
 from diffusion_opt.caching.step.stack import StackPass
 from diffusion_opt.caching.step.step_cache import Rule
 
@@ -23,32 +21,35 @@ from diffusion_opt.caching.step.step_cache import Rule
 class ThresholdRule(Rule):
     """A rule that never skips at threshold 0.
 
-    `run` is what the rule was calibrated for, checked at each new generation; None for a rule without calibration.
+    `belonging` is what the rule was calibrated for, checked at each new generation; None for one without calibration.
     """
 
-    def __init__(self, threshold: float, run: CalibratedRun | None = None) -> None:
+    def __init__(self, threshold: float, belonging: Belonging | None = None) -> None:
         self.threshold = threshold
-        self.run = run
+        self.belonging = belonging
 
     @property
     def active(self) -> bool:
         return self.threshold > 0
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
-        """A new generation begins. Raises ValueError if the rule was calibrated for another kind of run."""
-        if self.run is not None and pipe is not None:
-            self.run.check_run(pipe)
+    def check(self, stack: StackPass) -> None:
+        """Raise ValueError if the rule was calibrated for another kind of run than the one that begins here."""
+        if self.belonging is not None:
+            self.belonging.check(stack)
+
+    def place(self, stack: StackPass, counted: int) -> int:
+        """The number of a pass in the calibrated run, or as it was counted."""
+        return counted if self.belonging is None else self.belonging.place(stack, counted)
 
 
 class AccumulatingRule(ThresholdRule):
     """Skips while the sum of the changes since the last computed pass is below the threshold."""
 
-    def __init__(self, threshold: float, run: CalibratedRun | None = None) -> None:
-        super().__init__(threshold, run)
+    def __init__(self, threshold: float, belonging: Belonging | None = None) -> None:
+        super().__init__(threshold, belonging)
         self.accumulated = 0.0
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
-        super().start(pipe)
+    def start(self) -> None:
         self.accumulated = 0.0
 
     def skip(self, stack: StackPass, forced: bool) -> bool:

@@ -38,8 +38,8 @@ class EasyCacheRule(AccumulatingRule):
         self.warmup = warmup
         self._reset()
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
-        super().start(pipe)
+    def start(self) -> None:
+        super().start()
         self._reset()
 
     def _reset(self) -> None:

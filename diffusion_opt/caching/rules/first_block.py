@@ -35,8 +35,8 @@ class FirstBlockRule(ThresholdRule):
         super().__init__(threshold)
         self._last_computed: Float[Tensor, "b n d"] | None = None
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
-        super().start(pipe)
+    def start(self) -> None:
+        super().start()
         self._last_computed = None
 
     def skip(self, stack: StackPass, forced: bool) -> bool:

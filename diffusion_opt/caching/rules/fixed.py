@@ -8,7 +8,8 @@ does look.
 
 A mask is honored to the letter. The safeguards of the cache do not apply to it: it may skip the last step, and while
 there are fewer anchors than the predictor wants, the order is the one that they allow (one is reused, through two goes
-a line). Only the first step must be computed. A run of another length is refused.
+a line). Only the first step must be computed. A run of another length is refused. A run that begins inside its
+schedule, as image-to-image does, follows the entries from there on, and computes until there is an anchor.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ class IntervalRule(Rule):
     def active(self) -> bool:
         return self.every > 1
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
+    def start(self) -> None:
         self._since = 0
 
     def skip(self, stack: StackPass, forced: bool) -> bool:
@@ -43,29 +44,25 @@ class IntervalRule(Rule):
 
 
 class MaskRule(Rule):
-    """Computes the passes that the mask names. A pass is known by its index, told or counted."""
+    """Computes the passes that the mask names. A pass is known by its place in the schedule; without one, counted."""
 
     answers_for_itself = True
 
     def __init__(self, mask: tuple[bool, ...]) -> None:
         self.mask = mask
         self._next = 0
-        self._num_steps: int | None = None
 
     @property
     def active(self) -> bool:
         return not all(self.mask)
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
+    def start(self) -> None:
         self._next = 0
-        self._num_steps = None if pipe is None else len(pipe.scheduler.timesteps)
 
     def skip(self, stack: StackPass, forced: bool) -> bool:
         """Raises ValueError if the run has another number of steps than the mask."""
-        index, num_steps = stack.step or (self._next, self._num_steps)
+        index, num_steps = stack.step or (self._next, max(len(self.mask), self._next + 1))
         self._next = index + 1
-        if num_steps is None:
-            num_steps = max(len(self.mask), index + 1)
         if num_steps != len(self.mask):
             raise ValueError(f"this mask is for {len(self.mask)} steps, this run has {num_steps}: make another mask")
         return not forced and not self.mask[index]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 
-from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration.calibrated_run import Belonging, check_near
 from diffusion_opt.caching.calibration.step_calibration import StepCalibration
 from diffusion_opt.caching.rules.base import ThresholdRule
 from diffusion_opt.caching.step.predictors import PredictorName
@@ -34,23 +34,23 @@ class MagnitudeRule(ThresholdRule):
         ratios: tuple[float, ...],
         max_skips: int = 3,
         retention: float = 0.2,
-        run: CalibratedRun | None = None,
+        belonging: Belonging | None = None,
     ) -> None:
-        super().__init__(threshold, run)
+        super().__init__(threshold, belonging)
         self.ratios = ratios
         self.max_skips = max_skips
         self.retained = int(retention * len(ratios) + 0.5)  # steps; rounded as diffusers rounds
         self._forget()
         self._index = 0
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
-        super().start(pipe)
+    def start(self) -> None:
+        super().start()
         self._forget()
         self._index = 0
 
     def skip(self, stack: StackPass, forced: bool) -> bool:
         """Raises ValueError in a run of more steps than there are ratios."""
-        index = self._index
+        index = self.place(stack, self._index)
         self._index += 1
         if index >= len(self.ratios):
             raise ValueError(f"there are ratios for {len(self.ratios)} steps, this run has more: calibrate anew")
@@ -81,6 +81,7 @@ class MagCache(StepCacheTechnique):
     predictor: PredictorName = "forecast"
     max_skips: int = 3  # in a row
     retention: float = 0.2  # share of the first steps that are always computed
+    near: float = 0.0  # how far a run may be from the calibrated one (`calibrated_run.py`)
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold, for_a_start=0.1)
@@ -89,11 +90,12 @@ class MagCache(StepCacheTechnique):
             raise ValueError(f"max_skips must be 1 or more, 3 as published, got {self.max_skips}")
         if not 0 <= self.retention <= 1:
             raise ValueError(f"retention is a share of the steps in [0, 1], 0.2 as published, got {self.retention}")
+        check_near(self.near)
 
     def rule(self, pipe: DiffusionPipeline) -> MagnitudeRule:
         found = StepCalibration.load(self.calibration)
-        found.run.check_model(pipe)
-        return MagnitudeRule(self.threshold, found.magnitude_ratios, self.max_skips, self.retention, found.run)
+        belonging = Belonging(found.run, pipe, self.near)
+        return MagnitudeRule(self.threshold, found.magnitude_ratios, self.max_skips, self.retention, belonging)
 
     def describe(self) -> str:
         return f"MagCache at {self.threshold:g} with {self.predictor}, at most {self.max_skips} skips in a row"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 
-from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration.calibrated_run import Belonging, check_near
 from diffusion_opt.caching.calibration.step_calibration import StepCalibration
 from diffusion_opt.caching.rules.base import AccumulatingRule
 from diffusion_opt.caching.step.predictors import PredictorName
@@ -23,18 +23,18 @@ from diffusion_opt.caching.step.technique import StepCacheTechnique, check_predi
 class StepTableRule(AccumulatingRule):
     """The rule above. `table` has the change from each step to the next, so one entry less than there are steps."""
 
-    def __init__(self, threshold: float, table: tuple[float, ...], run: CalibratedRun | None = None) -> None:
-        super().__init__(threshold, run)
+    def __init__(self, threshold: float, table: tuple[float, ...], belonging: Belonging | None = None) -> None:
+        super().__init__(threshold, belonging)
         self.table = table
         self._index = 0
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
-        super().start(pipe)
+    def start(self) -> None:
+        super().start()
         self._index = 0
 
     def change(self, stack: StackPass) -> float:
         """Raises ValueError in a run of more steps than the table knows."""
-        index = self._index
+        index = self.place(stack, self._index)
         self._index += 1
         if index > len(self.table):
             raise ValueError(f"the table knows {len(self.table) + 1} steps, this run has more: calibrate anew")
@@ -51,15 +51,16 @@ class StepTable(StepCacheTechnique):
     threshold: float  # change of the residual tolerated between computed steps; 0: none, bit-identical
     calibration: str
     predictor: PredictorName = "forecast"
+    near: float = 0.0  # how far a run may be from the calibrated one (`calibrated_run.py`)
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold, for_a_start=0.2)
         check_predictor(self.predictor)
+        check_near(self.near)
 
     def rule(self, pipe: DiffusionPipeline) -> StepTableRule:
         found = StepCalibration.load(self.calibration)
-        found.run.check_model(pipe)
-        return StepTableRule(self.threshold, found.step_table, found.run)
+        return StepTableRule(self.threshold, found.step_table, Belonging(found.run, pipe, self.near))
 
     def describe(self) -> str:
         return f"step table at {self.threshold:g} with {self.predictor}"

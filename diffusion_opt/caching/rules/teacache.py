@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration.calibrated_run import Belonging, check_near
 from diffusion_opt.caching.calibration.curve import identity, relative_change
 from diffusion_opt.caching.calibration.polynomial import PUBLISHED
 from diffusion_opt.caching.calibration.step_calibration import StepCalibration
@@ -34,15 +34,15 @@ from diffusion_opt.caching.step.technique import StepCacheTechnique, check_predi
 
 
 class TeaCacheRule(AccumulatingRule):
-    """The rule above. `curve` is f; of a calibrated one, `run` is checked at each new generation."""
+    """The rule above. `curve` is f; of a calibrated one, `belonging` is checked at each new generation."""
 
-    def __init__(self, threshold: float, curve: Callable[[float], float], run: CalibratedRun | None = None) -> None:
-        super().__init__(threshold, run)
+    def __init__(self, threshold: float, curve: Callable[[float], float], belonging: Belonging | None = None) -> None:
+        super().__init__(threshold, belonging)
         self.curve = curve
         self._previous: Float[Tensor, "b n d"] | None = None
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
-        super().start(pipe)
+    def start(self) -> None:
+        super().start()
         self._previous = None
 
     def change(self, stack: StackPass) -> float:
@@ -64,6 +64,7 @@ class TeaCache(StepCacheTechnique):
     predictor: PredictorName = "forecast"
     curve: str = "identity"
     fit: Literal["isotonic", "polynomial"] = "isotonic"  # of a calibration; the polynomial is the published way
+    near: float = 0.0  # how far a run may be from the calibrated one (`calibrated_run.py`)
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold, for_a_start=0.2)
@@ -72,6 +73,9 @@ class TeaCache(StepCacheTechnique):
             raise ValueError(f"fit must be isotonic or polynomial, got {self.fit!r}")
         if self.fit == "polynomial" and not self._calibrated:
             raise ValueError(f"fit chooses between the curves of a calibration, and {self.curve!r} is none")
+        check_near(self.near)
+        if self.near and not self._calibrated:
+            raise ValueError(f"near is a distance from a calibrated run, and {self.curve!r} knows none")
 
     @property
     def _calibrated(self) -> bool:
@@ -84,11 +88,12 @@ class TeaCache(StepCacheTechnique):
         if self.curve in PUBLISHED:
             return TeaCacheRule(self.threshold, PUBLISHED[self.curve].load(self.curve, pipe.transformer))
         calibration = StepCalibration.load(self.curve)
-        calibration.run.check_model(pipe)
+        belonging = Belonging(calibration.run, pipe, self.near)
+        calibration.warn_of_curve()
         if self.fit == "polynomial":
             calibration.polynomial.warn(f"of {self.curve}")
-            return TeaCacheRule(self.threshold, calibration.polynomial, calibration.run)
-        return TeaCacheRule(self.threshold, calibration.curve, calibration.run)
+            return TeaCacheRule(self.threshold, calibration.polynomial, belonging)
+        return TeaCacheRule(self.threshold, calibration.curve, belonging)
 
     def describe(self) -> str:
         named = ", calibrated" + (" polynomial" if self.fit == "polynomial" else "") if self._calibrated else ""

@@ -11,8 +11,9 @@ each compiled whole (`fullgraph=True`), and the mask says in plain Python which 
 scheduler's list, once a generation, so no pass waits for the device. The forecast between anchors is a weighted sum of
 kept residuals and stays outside of the graphs.
 
-`pass_functions.py` makes the two from the stock class. The copy is made when the technique is applied: change weights
-in place afterwards if you like, but put adapters and quantized layers in before.
+`pass_functions.py` makes the two from the stock class. If the network is another one when a generation begins (an
+adapter came or went, layers were replaced), they are made anew. Each kind of pass and each size is a graph of its own,
+of which torch keeps 8 by default and then refuses; here it may keep more.
 """
 
 import threading
@@ -23,33 +24,30 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from diffusion_opt.caching.rules.fixed import marks
-from diffusion_opt.caching.step.generation import DEFAULT_CONTEXT, Kind, Schedule
-from diffusion_opt.caching.step.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
+from diffusion_opt.caching.step.generation import Generation, Moment
+from diffusion_opt.caching.step.hooks import InstanceHook, PassNames, arguments_of, hook_on, put_hook, remove_hook
+from diffusion_opt.caching.step.network import NetworkState
 from diffusion_opt.caching.step.pass_functions import FullPass, SkippedPass
 from diffusion_opt.caching.step.predictors import PREDICTORS, Anchor, Extrapolation, PredictorName, keep_anchor
 from diffusion_opt.caching.step.report import StepCacheReport
+from diffusion_opt.caching.step.running import Whereabouts
 from diffusion_opt.caching.step.stack import COMPILED_HOOK_NAME, check_can_cut
 from diffusion_opt.caching.step.technique import check_one_transformer, check_predictor
 from diffusion_opt.models.block_stack import BlockStack
 
+GRAPHS = 64  # of each of the two functions: kinds of pass times sizes
+
 
 @dataclass(slots=True)
 class _Run:
-    """One generation: the scheduler's times, and what each context has done."""
+    """One generation, what each context has kept, and the network that the compiled passes were made of."""
 
-    schedule: object
-    times: list[float]
-    first: int  # place of the first step in the mask; not 0 where a pipeline starts from a picture
-    leader: str  # context of the first pass of a step
-    place: int = 0  # of the step under way
-    passes: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
+    at: Generation
     anchors: dict[str, list[Anchor]] = field(default_factory=dict)
-    kinds: dict[str, Kind] = field(default_factory=dict)
 
 
 class _Thread(threading.local):
@@ -62,17 +60,24 @@ class _ScheduleHook(InstanceHook):
 
     _is_stateful = True
 
-    def __init__(self, pipe: DiffusionPipeline, technique: "CompiledSchedule", full: Any, skip: Any) -> None:
+    def __init__(self, pipe: DiffusionPipeline, technique: "CompiledSchedule") -> None:
         super().__init__()
-        self.family: BlockStack = full.family
-        self.mask = technique.mask
+        self.family: BlockStack = check_can_cut(pipe.transformer)
+        self.technique, self.mask = technique, technique.mask
         self.predictor: Extrapolation = PREDICTORS[technique.predictor]
-        self.full, self.skip = full, skip
         self.copies = technique.mode is not None  # a CUDA graph writes its results to one place at each replay
         self.names = PassNames()
         self.last_report = StepCacheReport({})
-        self._schedule = Schedule(pipe)
+        self._whereabouts = Whereabouts(pipe)
         self._thread = _Thread()
+        self._make(pipe.transformer)
+
+    def _make(self, transformer: nn.Module) -> None:
+        """The two functions of the network as it is now."""
+        options = {"fullgraph": True, "backend": self.technique.backend, "mode": self.technique.mode}
+        self.network = NetworkState(transformer)
+        self.full = torch.compile(FullPass(transformer, self.family), **options)
+        self.skip = torch.compile(SkippedPass(transformer, self.family), **options)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = arguments_of(module, args, kwargs)
@@ -80,20 +85,16 @@ class _ScheduleHook(InstanceHook):
             raise ValueError(reason)
         if torch.is_grad_enabled() or not self.family.is_ordinary(call):
             return self.fn_ref.original_forward(*args, **kwargs)
-        sample = self.family.sample(call)
-        seen = self.names.identify(None, sample)
-        name = seen["context"] or DEFAULT_CONTEXT
-        run = self._enter(name, Kind.of({"sample": sample}))
-        if name == run.leader:  # the other passes of a step follow
-            run.place = seen["step"][0] if seen["step"] else run.first + len(run.passes[name])
-        time, anchors = run.times[run.place], run.anchors[name]
-        computed = self.mask[run.place] or not anchors
-        run.passes[name].append((time, computed))
-        if not computed:
-            predicted = self.predictor.with_anchors(len(anchors)).predict(anchors, time)
-            return self._own(self.skip(call, predicted))
-        output, residual = self._own(self.full(call))
-        keep_anchor(anchors, Anchor(time, residual), self.predictor.num_anchors)
+        moment, run = self._enter(module, call)
+        anchors = run.anchors.setdefault(moment.context, [])
+        computed = self.mask[moment.step[0]] or not anchors
+        run.at.passes[moment.context].append((moment.time, computed))
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=8 * GRAPHS):
+            if not computed:
+                predicted = self.predictor.with_anchors(len(anchors)).predict(anchors, moment.time)
+                return self._own(self.skip(call, predicted))
+            output, residual = self._own(self.full(call))
+        keep_anchor(anchors, Anchor(moment.time, residual), self.predictor.num_anchors)
         return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -106,37 +107,41 @@ class _ScheduleHook(InstanceHook):
         run, self._thread.run = self._thread.run, None
         if run is None:
             return
-        self.last_report = StepCacheReport.of(run.passes)
+        self.last_report = StepCacheReport.of(run.at.passes)
         if not self.last_report.total_skipped:
             steps = max(self.last_report.computed.values())
             warnings.warn(f"the compiled schedule skipped none of {steps} steps", UserWarning, stacklevel=2)
 
     def report(self) -> StepCacheReport:
         """Of the generation under way in this thread, or of the last one that ended."""
-        return self.last_report if self._thread.run is None else StepCacheReport.of(self._thread.run.passes)
+        return self.last_report if self._thread.run is None else StepCacheReport.of(self._thread.run.at.passes)
 
-    def _enter(self, name: str, kind: Kind) -> _Run:
-        """The generation a pass belongs to, a new one if need be; found without a look at the device."""
-        run, scheduler = self._thread.run, self._schedule.pipe.scheduler
-        if (
-            run is None
-            or run.schedule is not scheduler.timesteps
-            or (name == run.leader and run.first + len(run.passes[name]) >= len(self.mask))
-            or run.kinds.get(name, kind) != kind
-        ):
+    def _enter(self, module: nn.Module, call: dict[str, Any]) -> tuple[Moment, _Run]:
+        """The generation a pass belongs to, a new one if need be; the device is waited for at its start at most."""
+        running = self._whereabouts.of(module, lambda: self.family.time_of(call))
+        if running is None:
+            raise ValueError(
+                "a compiled schedule follows a scheduler, and none stands at the time of this pass: call the pipeline, "
+                "or set and step the scheduler of the pipeline that the schedule was applied to"
+            )
+        sample = self.family.sample(call)
+        seen = self.names.identify(None, sample)
+        moment = Moment.of(seen["context"], running.time, None, running, sample=sample)
+        run = self._thread.run
+        if run is None or not run.at.goes_on_with(moment):
             self.end_generation()
-            if len(scheduler.timesteps) != len(self.mask):
+            if len(running.times) != len(self.mask):
                 raise ValueError(
-                    f"this schedule is for {len(self.mask)} timesteps, the scheduler has {len(scheduler.timesteps)}: "
+                    f"this schedule is for {len(self.mask)} timesteps, the scheduler has {len(running.times)}: "
                     "use it with the number of steps it was made for"
                 )
-            times = [t / scheduler.config.num_train_timesteps for t in scheduler.timesteps.tolist()]
-            first = getattr(scheduler, "begin_index", None) or 0
-            run = self._thread.run = _Run(scheduler.timesteps, times, first, leader=name)
-        run.passes.setdefault(name, [])
-        run.anchors.setdefault(name, [])
-        run.kinds[name] = kind
-        return run
+            if NetworkState(module) != self.network:
+                self._make(module)
+            run = self._thread.run = _Run(Generation.beginning(moment))
+        elif run.at.is_other_kind(moment):
+            run.anchors.pop(moment.context, None)
+        run.at.note(moment)
+        return moment, run
 
     def _own(self, results: Any) -> Any:
         """The results in memory of their own."""
@@ -171,18 +176,14 @@ class CompiledSchedule:
         Raises ValueError if the transformer cannot be cut, has a cache or another hook, or another one beside it.
         """
         check_one_transformer(pipe)
-        family = check_can_cut(pipe.transformer)
+        check_can_cut(pipe.transformer)
         others = list(getattr(getattr(pipe.transformer, "_diffusers_hook", None), "hooks", ()))
         if others:
             raise ValueError(
                 f"the compiled passes would go past the hook {others[0]!r} on this transformer: take it off and put it "
                 "on again after the compiled schedule"
             )
-        options = {"fullgraph": True, "backend": self.backend, "mode": self.mode}
-        full = torch.compile(FullPass(pipe.transformer, family), **options)
-        skip = torch.compile(SkippedPass(pipe.transformer, family), **options)
-        hook = _ScheduleHook(pipe, self, full, skip)
-        HookRegistry.check_if_exists_or_initialize(pipe.transformer).register_hook(hook, COMPILED_HOOK_NAME)
+        put_hook(pipe.transformer, _ScheduleHook(pipe, self), COMPILED_HOOK_NAME)
         return pipe
 
     def remove(self, pipe: DiffusionPipeline) -> None:

@@ -25,16 +25,18 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration.calibrated_run import Belonging, CalibratedRun, watched
 from diffusion_opt.caching.calibration.stored import find_stored, read_stored
 from diffusion_opt.caching.rules import FixedSchedule
-from diffusion_opt.caching.schedules.recording import GenerationTask, relative_error
+from diffusion_opt.caching.schedules.recording import GenerationTask, generation_tasks, relative_error
 from diffusion_opt.caching.schedules.schedule import ScheduleRule
 from diffusion_opt.caching.schedules.search import Mask
 from diffusion_opt.caching.step.predictors import PredictorName
 from diffusion_opt.caching.step.technique import StepCacheTechnique
 from diffusion_opt.datasets.writing import write_json
+from diffusion_opt.subjects import Run
 
+CALIBRATED = 20_000  # samples of a run from here on are for the bound
 ErrorMeasure = Callable[[Float[Tensor, "b *s"], Float[Tensor, "b *s"]], Float[Tensor, " b"]]
 
 
@@ -144,21 +146,30 @@ def schedule_errors(
 
 def calibrate_error_bound(
     pipe: DiffusionPipeline,
+    run: Run,
     masks: Sequence[Mask],
     predictor: PredictorName,
-    tasks: Sequence[GenerationTask],
+    num_samples: int = 100,
     measure: ErrorMeasure = relative_error,
     progress: bool = False,
 ) -> ErrorBound:
-    """Run a family of schedules on calibration tasks. The mask that computes everything is put in front.
+    """Run a family of schedules on samples of a run. The mask that computes everything is put in front.
 
-    The tasks must be other ones than those the masks were searched with, or the bound does not hold.
+    The samples are other ones than those that masks are searched with and judged by, or the bound would not hold. Each
+    prompt is taken in turn: a bound holds for prompts like these. Raises ValueError for a run that the pipeline cannot
+    make and for masks of different lengths.
     """
+    run.check(pipe)
+    if len({len(mask) for mask in masks}) != 1:
+        raise ValueError(f"an error bound needs masks of one length, got {sorted({len(mask) for mask in masks})}")
+    tasks = generation_tasks(run, num_samples, first=CALIBRATED)
     everything = (True,) * len(masks[0])
     ordered = (everything, *sorted((mask for mask in masks if not all(mask)), key=sum, reverse=True))
-    errors = schedule_errors(pipe, ordered[1:], predictor, tasks, measure, progress)
+    with watched(pipe) as watch:
+        errors = schedule_errors(pipe, ordered[1:], predictor, tasks, measure, progress)
+        made = watch.run()
     rows = tuple((0.0, *row) for row in errors.tolist())
-    return ErrorBound(CalibratedRun.of(pipe), predictor, ordered, rows)
+    return ErrorBound(made, predictor, ordered, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +181,8 @@ class ErrorBoundedCache(StepCacheTechnique):
     """
 
     max_rel_error: float  # |cached - full| / |full| of the final latents
+    calibration: str  # shipped name or path of a saved `ErrorBound`
     confidence: float = 0.9
-    calibration: str = "fashion-error-bound"  # shipped name or path of a saved `ErrorBound`
 
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
@@ -185,7 +196,7 @@ class ErrorBoundedCache(StepCacheTechnique):
     def rule(self, pipe: DiffusionPipeline) -> ScheduleRule:
         """Raises ValueError for another model, or if no schedule that skips anything keeps the bound."""
         bound = ErrorBound.load(self.calibration)
-        bound.run.check_model(pipe)
+        belonging = Belonging(bound.run, pipe)
         mask = bound.mask(self.max_rel_error, self.confidence)
         if all(mask):
             gentlest = torch.tensor(bound.errors)[:, 1]
@@ -194,7 +205,7 @@ class ErrorBoundedCache(StepCacheTechnique):
                 f"computing {sum(bound.masks[1])} of {len(mask)} steps is off by up to {float(gentlest.max()):.2g}; "
                 "allow a larger error"
             )
-        return ScheduleRule(mask, bound.run)
+        return ScheduleRule(mask, belonging)
 
     def describe(self) -> str:
         return f"error at most {self.max_rel_error:g} with confidence {self.confidence:g}"

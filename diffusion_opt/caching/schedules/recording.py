@@ -12,7 +12,7 @@ What enters the stack is not kept: the head gives it again for a hundredth of a 
 latent size and the residuals for each pass; record a few prompts at a time, use them, and drop them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,47 +21,35 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun, watched
+from diffusion_opt.caching.schedules.combination import Weights, combined, halves, heard, weights_of
 from diffusion_opt.caching.step.generation import DEFAULT_CONTEXT
 from diffusion_opt.caching.step.hooks import arguments_of
 from diffusion_opt.caching.step.stack import StackCut, StackPass
+from diffusion_opt.caching.step.technique import check_one_transformer
 from diffusion_opt.models.block_stack import Streams
+from diffusion_opt.subjects import Run
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationTask:
-    """One batch to generate, the same each time: the arguments of the pipeline's call, and the seed of its noise."""
+    """One batch to generate, the same each time: some samples of a run."""
 
-    call: Mapping[str, Any]  # prompt, num_inference_steps, guidance_scale, height, …
-    seed: int
+    wanted: Run
+    samples: tuple[int, ...]
 
     @torch.no_grad()
     def run(self, pipe: DiffusionPipeline) -> Float[Tensor, "b *s"]:
         """The latents that the pipeline makes of it; of a pipeline with sound, the video's."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return pipe(**self.call, generator=generator, output_type="latent", return_dict=False)[0]
+        return self.wanted.generate(pipe, self.samples)
 
 
-def generation_tasks(
-    prompts: Sequence[str],
-    num_inference_steps: int,
-    guidance_scale: float,
-    seed: int,
-    batch_size: int = 10,
-    **call: object,
-) -> tuple[GenerationTask, ...]:
-    """Split prompts into batches, the first with noise of `seed`, the next of `seed + 1`, …
-
-    `call` goes to the pipeline (height, width, num_frames, …). Raises ValueError without prompts.
-    """
-    if not prompts or batch_size < 1:
-        raise ValueError(f"a task needs a prompt or more, got {len(prompts)} prompts in batches of {batch_size}")
-    shared = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **call}
-    starts = range(0, len(prompts), batch_size)
-    return tuple(
-        GenerationTask({"prompt": list(prompts[start : start + batch_size]), **shared}, seed + number)
-        for number, start in enumerate(starts)
-    )
+def generation_tasks(run: Run, num_samples: int | None = None, first: int = 0) -> tuple[GenerationTask, ...]:
+    """Batches of samples from `first` on; None: one of each prompt. Raises ValueError for fewer than one."""
+    number = len(run.prompts) if num_samples is None else num_samples
+    if number < 1:
+        raise ValueError(f"a task needs a sample or more, got num_samples={number}")
+    return tuple(GenerationTask(run, tuple(first + index for index in batch)) for batch in run.batches(number))
 
 
 def relative_error(output: Float[Tensor, "b *s"], reference: Float[Tensor, "b *s"]) -> Float[Tensor, " b"]:
@@ -87,6 +75,7 @@ class Recording:
     run: CalibratedRun
     passes: dict[str, tuple[RecordedPass, ...]]  # of each context, in order of falling time
     output: Float[Tensor, "b *s"]  # the final latents
+    weights: tuple[Weights, ...]  # of what the passes of each step gave, in the velocity that moves the samples
 
     @property
     def num_steps(self) -> int:
@@ -98,29 +87,13 @@ class Recording:
         """Of the passes, with the end, 0, behind them."""
         return (*(one.time for one in next(iter(self.passes.values()))), 0.0)
 
-    def guided(self, velocities: Mapping[str, Float[Tensor, "_ *s"]]) -> Float[Tensor, "b *s"]:
-        """The velocity that moves the samples: u + w (c - u) of what each context gave, w the guidance scale.
-
-        Two passes are told by their names, both in one pass by the doubled batch, unconditional first as in diffusers.
-        Raises ValueError for passes that are neither.
-        """
-        scale = self.run.guidance_scale
-        if {"cond", "uncond"} == set(velocities):
-            return velocities["uncond"] + scale * (velocities["cond"] - velocities["uncond"])
-        if len(velocities) > 1:
-            raise ValueError(
-                f"of two passes a step, one must be named cond and the other uncond, got {', '.join(velocities)}: "
-                "name them with cache_context"
-            )
-        (velocity,) = velocities.values()
-        if len(velocity) != 2 * len(self.output):
-            return velocity
-        uncond, cond = velocity.chunk(2)
-        return uncond + scale * (cond - uncond)
+    def guided(self, step: int, velocities: Mapping[str, Float[Tensor, "_ *s"]]) -> Float[Tensor, "b *s"]:
+        """The velocity that moves the samples, of what each context gave in a step (`combination.py`)."""
+        return combined(self.weights[step], halves(velocities, len(self.output)))
 
     def velocity(self, step: int) -> Float[Tensor, "b *s"]:
         """The guided velocity of a step."""
-        return self.guided({name: passes[step].velocity for name, passes in self.passes.items()})
+        return self.guided(step, {name: passes[step].velocity for name, passes in self.passes.items()})
 
 
 class _Recorder:
@@ -156,20 +129,27 @@ def record(pipe: DiffusionPipeline, task: GenerationTask) -> Recording:
 
     Raises ValueError if the transformer cannot be cut, has a cache on it, or did not run once a step in each context.
     """
+    check_one_transformer(pipe)
     recorder = _Recorder()
-    cut = StackCut(pipe.transformer, recorder)
+    cut = StackCut(pipe.transformer, recorder, pipe)
     cut.attach(pipe.transformer)
     listener = pipe.transformer.register_forward_pre_hook(recorder.listen, with_kwargs=True)
     try:
-        output = task.run(pipe)
-        run = CalibratedRun.of(pipe)
+        with watched(pipe) as watch, heard(pipe.scheduler) as moving:
+            output = task.run(pipe)
+            run = watch.run()
     finally:
         listener.remove()
         cut.detach(pipe.transformer)
-    lengths = {name: len(passes) for name, passes in recorder.passes.items()}
-    if set(lengths.values()) != {run.num_inference_steps}:
-        raise ValueError(f"expected {run.num_inference_steps} passes in each context, one a timestep, got {lengths}")
-    return Recording(run, {name: tuple(passes) for name, passes in recorder.passes.items()}, output)
+    passes = {name: tuple(found) for name, found in recorder.passes.items()}
+    lengths = {name: len(found) for name, found in passes.items()}
+    if set(lengths.values()) != {run.num_passes}:
+        raise ValueError(f"expected {run.num_passes} passes in each context, one a step, got {lengths}")
+    weights = tuple(
+        weights_of(halves({name: found[step].velocity for name, found in passes.items()}, len(output)), velocity)
+        for step, velocity in enumerate(moving if len(moving) == run.num_passes else [None] * run.num_passes)
+    )
+    return Recording(run, passes, output, weights)
 
 
 class Replay:
@@ -213,4 +193,4 @@ class Replay:
             self._residual = residuals[name]
             output = self.transformer(**passes[step].call)
             velocities[name] = self._cut.family.result(output)
-        return self.recording.guided(velocities)
+        return self.recording.guided(step, velocities)

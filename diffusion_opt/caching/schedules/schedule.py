@@ -17,15 +17,26 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusion_opt.caching.calibration.calibrated_run import CalibratedRun
+from diffusion_opt.caching.calibration.calibrated_run import Belonging, CalibratedRun, check_near, watched
 from diffusion_opt.caching.calibration.stored import find_stored, read_stored
 from diffusion_opt.caching.rules import FixedSchedule, MaskRule
 from diffusion_opt.caching.rules.fixed import marks
-from diffusion_opt.caching.schedules.recording import GenerationTask
-from diffusion_opt.caching.schedules.search import Mask, SearchSettings, schedule_error, search_mask
+from diffusion_opt.caching.schedules.recording import GenerationTask, generation_tasks
+from diffusion_opt.caching.schedules.search import (
+    Mask,
+    SearchSettings,
+    measure_costs,
+    schedule_error,
+    search_mask,
+    starting_masks,
+)
 from diffusion_opt.caching.step.predictors import PredictorName
+from diffusion_opt.caching.step.stack import StackPass
 from diffusion_opt.caching.step.technique import StepCacheTechnique
 from diffusion_opt.datasets.writing import write_json
+from diffusion_opt.subjects import Run
+
+HELD_OUT = 10_000  # samples from here on are none that a search sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +58,8 @@ class CacheSchedule:
 
     @property
     def num_computed(self) -> int:
-        """Steps in which the blocks run."""
-        return sum(self.mask)
+        """Steps of the run in which the blocks run."""
+        return sum(self.mask[self.run.begin :])
 
     def fixed(self) -> FixedSchedule:
         """The mask as a technique that knows nothing of models, for `interop.cache_dit_mask` or another pipeline."""
@@ -60,8 +71,8 @@ class CacheSchedule:
         if self.held_out_error is not None:
             held_out = f", on {self.num_held_out} held-out samples {self.held_out_error:.4f}"
         return (
-            f"{marks(self.mask)} {self.num_computed} of {self.run.describe()}, {self.predictor}: relative error "
-            f"{self.error:.4f} in calibration{held_out}"
+            f"{marks(self.mask[self.run.begin :])} {self.num_computed} of {self.run.describe()}, {self.predictor}: "
+            f"relative error {self.error:.4f} in calibration{held_out}"
         )
 
     def save(self, path: str | Path) -> None:
@@ -91,9 +102,10 @@ def search_schedule(
     """
     if len({sum(mask) for mask in starts}) != 1:
         raise ValueError(f"starts must compute the same number of steps, got {[sum(mask) for mask in starts]}")
-    reference = task.run(pipe)
-    run = CalibratedRun.of(pipe)
-    found = search_mask(pipe, task, reference, starts, settings, progress)
+    with watched(pipe) as watch:
+        reference = task.run(pipe)
+        run = watch.run()
+    found = search_mask(pipe, task, reference, starts, settings, progress, run.begin)
     errors = [schedule_error(pipe, found.mask, settings.predictor, new, new.run(pipe)) for new in held_out]
     return CacheSchedule(
         run=run,
@@ -106,18 +118,40 @@ def search_schedule(
     )
 
 
+def search_schedules(
+    pipe: DiffusionPipeline,
+    run: Run,
+    budgets: Sequence[int],
+    settings: SearchSettings | None = None,
+    num_held_out: int = 20,
+    progress: bool = False,
+) -> dict[int, CacheSchedule]:
+    """A schedule for each budget of computed steps of a run: dynamic programming, then a climb on whole generations.
+
+    The samples searched with are the first of each prompt; `num_held_out` later ones (0: none) give the error that is
+    reported. Raises ValueError for a run that the pipeline cannot make, or a budget that it cannot keep.
+    """
+    run.check(pipe)
+    settings = settings or SearchSettings()
+    task = GenerationTask(run, tuple(range(len(run.prompts))))
+    held_out = generation_tasks(run, num_held_out, first=HELD_OUT) if num_held_out else ()
+    costs = measure_costs(pipe, [task], settings, progress)
+    starts = {budget: starting_masks(costs, budget) for budget in budgets}  # raises before the long part
+    return {
+        budget: search_schedule(pipe, task, masks, settings, held_out, progress) for budget, masks in starts.items()
+    }
+
+
 class ScheduleRule(MaskRule):
     """A mask that is followed in the run it was searched for, and in no other."""
 
-    def __init__(self, mask: tuple[bool, ...], run: CalibratedRun) -> None:
+    def __init__(self, mask: tuple[bool, ...], belonging: Belonging) -> None:
         super().__init__(mask)
-        self.run = run
+        self.belonging = belonging
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
-        """A new generation begins. Raises ValueError if it is another kind of run."""
-        super().start(pipe)
-        if pipe is not None:
-            self.run.check_run(pipe)
+    def check(self, stack: StackPass) -> None:
+        """Raise ValueError if another kind of run begins here."""
+        self.belonging.check(stack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +159,10 @@ class ScheduledCache(StepCacheTechnique):
     """Technique: follow a searched schedule, with the predictor it was searched for."""
 
     schedule: str  # shipped name ("fashion-10") or path of a saved `CacheSchedule`
+    near: float = 0.0  # how far a run may be from the one it was searched for (`calibrated_run.py`)
+
+    def __post_init__(self) -> None:
+        check_near(self.near)
 
     @property
     def predictor(self) -> PredictorName:
@@ -133,8 +171,7 @@ class ScheduledCache(StepCacheTechnique):
     def rule(self, pipe: DiffusionPipeline) -> ScheduleRule:
         """Raises FileNotFoundError for an unknown schedule, ValueError if it was searched on another model."""
         schedule = CacheSchedule.load(self.schedule)
-        schedule.run.check_model(pipe)
-        return ScheduleRule(schedule.mask, schedule.run)
+        return ScheduleRule(schedule.mask, Belonging(schedule.run, pipe, self.near))
 
     def describe(self) -> str:
         return f"searched schedule {Path(self.schedule).stem}"

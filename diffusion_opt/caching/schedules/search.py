@@ -113,16 +113,18 @@ def climb(
     trials: int = 40,
     reach: int = 2,
     progress: bool = False,
+    begin: int = 0,
 ) -> Climb:
     """Move one computed step at a time by `reach` places at most, and keep what lowers `error`.
 
-    The first step stays. No mask is tried twice; it ends early if no move is left.
+    The step `begin`, the first of the run, stays, and so do those before it. No mask is tried twice; it ends early if
+    no move is left.
     """
     errors = [error(mask)]
     tried = {mask}
     with tqdm(total=trials, desc=f"climb at {sum(mask)} steps", unit="run", disable=not progress) as bar:
         for _ in range(trials):
-            moves = [moved for moved in _moves(mask, reach) if moved not in tried]
+            moves = [moved for moved in _moves(mask, reach, begin) if moved not in tried]
             if not moves:
                 break
             candidate = moves[int(torch.randint(len(moves), (), generator=generator))]
@@ -136,11 +138,11 @@ def climb(
     return Climb(mask, tuple(errors))
 
 
-def _moves(mask: Mask, reach: int) -> list[Mask]:
+def _moves(mask: Mask, reach: int, begin: int) -> list[Mask]:
     """The masks one move away, in a fixed order."""
     moves = []
-    for here in range(1, len(mask)):
-        for there in range(max(1, here - reach), min(len(mask) - 1, here + reach) + 1):
+    for here in range(begin + 1, len(mask)):
+        for there in range(max(begin + 1, here - reach), min(len(mask) - 1, here + reach) + 1):
             if mask[here] and not mask[there]:
                 moved = list(mask)
                 moved[here], moved[there] = False, True
@@ -195,7 +197,8 @@ def starting_masks(costs: SegmentCosts, budget: int) -> tuple[Mask, ...]:
     Raises ValueError if the budget cannot be kept.
     """
     found = (within_budget(costs, budget, objective) for objective in get_args(Objective))
-    return (*(candidate.mask(costs.num_steps) for candidate in found), even_mask(costs.num_steps, budget))
+    masks = (*(candidate.mask(costs.num_steps) for candidate in found), even_mask(costs.num_steps, budget))
+    return tuple(costs.whole(mask) for mask in masks)
 
 
 def search_mask(
@@ -205,15 +208,19 @@ def search_mask(
     starts: Sequence[Mask],
     settings: SearchSettings,
     progress: bool = False,
+    begin: int = 0,
 ) -> Climb:
-    """Run all starts on one task with its full run's `reference`, and climb from the best of them."""
+    """Run all starts on one task with its full run's `reference`, and climb from the best of them.
+
+    `begin` is the step at which the run begins, above 0 for one that starts from a picture.
+    """
 
     def error(mask: Mask) -> float:
         return float(schedule_error(pipe, mask, settings.predictor, task, reference).mean())
 
     generator = torch.Generator().manual_seed(settings.seed)
     start = min(starts, key=error) if len(starts) > 1 else starts[0]
-    return climb(start, error, generator, settings.trials, progress=progress)
+    return climb(start, error, generator, settings.trials, progress=progress, begin=begin)
 
 
 def even_mask(num_steps: int, budget: int) -> Mask:

@@ -38,10 +38,15 @@ class SegmentCosts:
     A stretch that goes on to the end of the run has j = num_steps.
     """
 
-    num_steps: int
+    num_steps: int  # that the run takes; they are counted from the one at which it begins
     predictor: PredictorName
     max_gap: int  # most steps from one computed step to the next
     values: dict[Segment, float]
+    begin: int = 0  # place in the schedule at which the run begins
+
+    def whole(self, mask: tuple[bool, ...]) -> tuple[bool, ...]:
+        """A mask of the run's steps as one of the whole schedule; what comes before the run is marked computed."""
+        return (True,) * self.begin + mask
 
 
 def judged_as(predictor: PredictorName) -> Extrapolation:
@@ -86,17 +91,18 @@ def segment_costs(
     """
     judge = judged_as(predictor)
     totals: dict[Segment, float] = {}
-    num_samples, num_steps = 0, None
+    num_samples, num_steps, begin = 0, None, 0
     for recording in recordings:
         if num_steps not in (None, recording.num_steps):
             raise ValueError(f"recordings must have the same steps, got {num_steps} and {recording.num_steps}")
-        num_steps = recording.num_steps
+        num_steps, begin = recording.num_steps, recording.run.begin
         num_samples += len(recording.output)
         weights = torch.ones(num_steps) if amplification is None else amplification
         _add(totals, pipe, recording, judge, weights, max_gap, progress)
     if num_steps is None:
         raise ValueError("segment costs need a recording or more, got none")
-    return SegmentCosts(num_steps, predictor, max_gap, {key: value / num_samples for key, value in totals.items()})
+    means = {key: value / num_samples for key, value in totals.items()}
+    return SegmentCosts(num_steps, predictor, max_gap, means, begin)
 
 
 def _add(
@@ -141,13 +147,13 @@ def amplification(
     ValueError for a run of one step.
     """
     recording, judge = record(pipe, task), judged_as(predictor)
-    last = recording.num_steps - 1
+    last, before = recording.num_steps - 1, (True,) * recording.run.begin
     if last < 1:
         raise ValueError("a run of one step has none to skip, two are the least")
     probed = sorted({*range(1, last, every), last})
     measured = []
     for k in tqdm(probed, desc="amplification", unit="run", disable=not progress):
-        technique = FixedSchedule(tuple(step != k for step in range(last + 1)), predictor)
+        technique = FixedSchedule(before + tuple(step != k for step in range(last + 1)), predictor)
         technique.apply(pipe)
         try:
             final = relative_error(task.run(pipe), recording.output)

@@ -4,18 +4,19 @@ Every cache forgets between generations, and a cache that does not notice a new 
 the next. A generation ends with the pipeline's call. Loops without a pipeline, calls that were interrupted and
 pipelines that tell nobody (SD3's) are caught by what a new one changes, and in doubt it is new:
 
-    time goes up, or is back at the start            the scheduler holds new timesteps
-    shape, type or device of the streams changes     the step index falls, or the number of steps is another
+    another pipeline is calling                      its scheduler holds new timesteps (`running.py`)
+    time goes up, or is back at the start            the step index falls, or the number of steps is another
 
-The last step is known from `cache_context(step_index=, num_inference_steps=)` where the caller gives them, and from
-the pipeline's scheduler otherwise. A custom loop that gives neither has no last step that is safe.
+Streams of another shape, type or device are a new generation in a loop of one's own. In a pipeline whose schedule goes
+on they are the same one, of which nothing that was kept can be used: guidance that was batched and has been switched
+off leaves half of the samples.
 """
 
-import weakref
 from dataclasses import dataclass, field
 
-from diffusers import DiffusionPipeline
 from torch import Tensor
+
+from diffusion_opt.caching.step.running import Running
 
 DEFAULT_CONTEXT = "default"  # of passes that nobody named
 
@@ -35,60 +36,81 @@ def _kind(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.dtype, tensor.device
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where one pass stands."""
+
+    context: str
+    time: float  # in [0, 1]
+    step: tuple[int, int] | None  # place in the schedule and its length, where they are known
+    kind: Kind
+    running: Running | None = None  # None: no pipeline and no schedule that fits is known
+
+    @classmethod
+    def of(
+        cls, context: str | None, time: float, step: tuple[int, int] | None, running: Running | None, **streams: Tensor
+    ) -> "Moment":
+        """The moment of a pass; what the schedule says goes before what a caller said."""
+        return cls(context or DEFAULT_CONTEXT, time, running.step if running else step, Kind.of(streams), running)
+
+
 @dataclass(slots=True)
 class Generation:
     """One generation under way: its passes by context, as (time, whether it was computed)."""
 
-    schedule: object  # the scheduler's timesteps; a new generation gets a new tensor
-    start: float  # the time it began at
-    end: float | None  # the time of the scheduler's last step
-    leader: str  # the context of its first pass, on which decisions are taken
-    time: float  # of the pass under way
-    step: tuple[int, int] | None = None  # of the pass under way, where the caller told it
+    first: Moment  # on its context decisions are taken
+    now: Moment  # the pass under way
     passes: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
 
+    @classmethod
+    def beginning(cls, moment: Moment) -> "Generation":
+        return cls(moment, moment)
+
+    @property
+    def leader(self) -> str:
+        """The context of its first pass."""
+        return self.first.context
+
     @property
     def is_last(self) -> bool:
-        """Whether no step comes after the one under way."""
-        if self.step is not None:
-            index, num_steps = self.step
-            return index >= num_steps - 1
-        return self.end is not None and self.time <= self.end * (1 + 1e-3)
+        """Whether no step comes after the one under way; False where nobody knows."""
+        return self.now.step is not None and self.now.step[0] >= self.now.step[1] - 1
 
-    def note(self, name: str, time: float, step: tuple[int, int] | None, kind: Kind) -> None:
+    def goes_on_with(self, moment: Moment) -> bool:
+        """Whether a pass belongs to this generation."""
+        return not (
+            self._other_schedule(moment)
+            or _is_before(moment, self.now)
+            or (_is_at(moment, self.first) and bool(self.passes.get(moment.context)))  # back at the start
+            or (moment.running is None and self.is_other_kind(moment))
+        )
+
+    def is_other_kind(self, moment: Moment) -> bool:
+        """Whether what was kept of this context cannot stand in for what the pass would compute."""
+        return self.kinds.get(moment.context, moment.kind) != moment.kind
+
+    def note(self, moment: Moment) -> None:
         """A pass of it begins."""
-        self.time, self.step = time, step
-        self.kinds[name] = kind
-        self.passes.setdefault(name, [])
+        self.now = moment
+        self.kinds[moment.context] = moment.kind
+        self.passes.setdefault(moment.context, [])
+
+    def _other_schedule(self, moment: Moment) -> bool:
+        mine, its = self.now.running, moment.running
+        if mine is None or its is None:
+            return mine is not its
+        return mine.of_pipe is not its.of_pipe or mine.schedule is not its.schedule
 
 
-class Schedule:
-    """What is known of the steps to come: the scheduler of a pipeline, which is referred to weakly and may be None."""
+def _is_before(one: Moment, other: Moment) -> bool:
+    """Whether a pass is earlier in a schedule than another, which came first: then it is of another schedule."""
+    if one.step is not None and other.step is not None:
+        return one.step[0] < other.step[0] or one.step[1] != other.step[1]
+    return one.time > other.time
 
-    def __init__(self, pipe: DiffusionPipeline | None) -> None:
-        self._pipe = (lambda: None) if pipe is None else weakref.ref(pipe)
 
-    @property
-    def pipe(self) -> DiffusionPipeline | None:
-        return self._pipe()
-
-    def is_new(self, now: Generation | None, name: str, time: float, step: tuple[int, int] | None, kind: Kind) -> bool:
-        """Whether a pass does not belong to the generation under way."""
-        if now is None or time > now.time or self._timesteps() is not now.schedule:
-            return True
-        if time == now.start and now.passes.get(name):  # back at the start, after a single step
-            return True
-        if step is not None and now.step is not None and (step[1] != now.step[1] or step[0] < now.step[0]):
-            return True
-        return name in now.kinds and now.kinds[name] != kind
-
-    def begin(self, name: str, time: float) -> Generation:
-        """A generation whose first pass is this one."""
-        pipe = self.pipe
-        end = None if pipe is None else float(pipe.scheduler.timesteps[-1]) / pipe.scheduler.config.num_train_timesteps
-        return Generation(self._timesteps(), start=time, end=end, leader=name, time=time)
-
-    def _timesteps(self) -> object:
-        pipe = self.pipe
-        return None if pipe is None else pipe.scheduler.timesteps
+def _is_at(one: Moment, other: Moment) -> bool:
+    if one.step is not None and other.step is not None:
+        return one.step == other.step
+    return one.time == other.time

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import CacheContext, StateManager, _set_cache_context
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -93,7 +93,9 @@ def _same(one: Tensor | None, other: Tensor) -> bool:
 
 
 class InstanceHook(ModelHook):
-    """A hook that stays with the module it was put on."""
+    """A hook that stays with the module it was put on, and knows the `forward` that it made there."""
+
+    installed: Any = None
 
     def __deepcopy__(self, memo: dict) -> "InstanceHook":
         raise ValueError(
@@ -108,15 +110,60 @@ def hook_on(module: object, name: str) -> ModelHook | None:
     return None if registry is None else registry.get_hook(name)
 
 
+def put_hook(module: nn.Module, hook: InstanceHook, name: str) -> None:
+    """Register a hook, beneath accelerate's if the module has one.
+
+    accelerate's offloading takes its own `forward` off and puts a new one on after every generation of a pipeline, and
+    what was put over it in between would be lost.
+    """
+    offloaded = "_old_forward" in module.__dict__ and "forward" in module.__dict__
+    above = module.__dict__.get("forward")
+    if offloaded:
+        module.forward = module._old_forward
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+    hook.installed = module.forward
+    if offloaded:
+        module._old_forward, module.forward = module.forward, above
+
+
+def check_removable(module: nn.Module, name: str) -> None:
+    """Raise ValueError if something that is no hook was put over this one, so that it cannot be taken out."""
+    _holder(module, hook_on(module, name))
+
+
 def remove_hook(module: nn.Module, name: str) -> None:
-    """Take a hook off a module, and what diffusers leaves behind: an empty registry and a bound `forward`."""
-    registry = module._diffusers_hook
+    """Take a hook off a module, and what diffusers leaves behind: an empty registry and a bound `forward`.
+
+    Hooks above and beneath stay as they are. (diffusers' own removal cuts out a hook above that replaces `forward`.)
+    Raises ValueError as `check_removable` does.
+    """
+    registry, hook = module._diffusers_hook, module._diffusers_hook.hooks[name]
+    beneath = hook.fn_ref.forward if hook.fn_ref.original_forward is None else hook.fn_ref.original_forward
+    holder, attribute = _holder(module, hook)
+    setattr(holder, attribute, beneath)
+    index = registry._hook_order.index(name)
+    del registry.hooks[name], registry._hook_order[index], registry._fn_refs[index]
     registry.invalidate_child_registries_cache()
-    registry.remove_hook(name, recurse=False)
     if not registry.hooks:
         del module._diffusers_hook
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward
+
+
+def _holder(module: nn.Module, hook: ModelHook) -> tuple[Any, str]:
+    """Who calls what a hook made of `forward`: the module, accelerate beneath its own, or another hook."""
+    installed = getattr(hook, "installed", None) or module.forward
+    for attribute in ("forward", "_old_forward"):
+        if module.__dict__.get(attribute) is installed:
+            return module, attribute
+    for above in module._diffusers_hook._fn_refs:
+        for attribute in ("original_forward", "forward"):
+            if getattr(above, attribute) is installed:
+                return above, attribute
+    raise ValueError(
+        f"something was put over the cache's forward of this {type(module).__name__} since the cache was applied "
+        f"({module.forward!r}): take that off first"
+    )
 
 
 @functools.cache

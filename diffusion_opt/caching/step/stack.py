@@ -25,12 +25,21 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from diffusers.hooks import HookRegistry
+from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from diffusion_opt.caching.step.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
+from diffusion_opt.caching.step.hooks import (
+    InstanceHook,
+    PassNames,
+    arguments_of,
+    check_removable,
+    hook_on,
+    put_hook,
+    remove_hook,
+)
+from diffusion_opt.caching.step.running import Running, Whereabouts
 from diffusion_opt.models.block_stack import BlockStack, Given, Streams, block_stack
 
 HOOK_NAME = "diffusion_opt_step_cache"
@@ -43,12 +52,13 @@ class StackPass:
     """One pass of the transformer, seen where its stack begins."""
 
     context: str | None  # the name given to `cache_context`: "cond" or "uncond" in diffusers' pipelines
-    step: tuple[int, int] | None  # (index, number of steps) where the caller told `cache_context`
+    step: tuple[int, int] | None  # place in the schedule and its length: the scheduler's, else as the caller told
     time: float  # in [0, 1], 1 is noise
     sample: Float[Tensor, "b *s"]  # what the transformer was called with: the latent x_t, of LTX-2 the video's
     streams: Streams  # as they enter block 0: those that the tail reads, the main one first
     modulation: Callable[[], Tensor]  # gives `modulated`
     probe: Streams | None = None  # residual of the first `probe_blocks` blocks, if the controller asked for it
+    running: Running | None = None  # the generation it belongs to, where a pipeline and its schedule are known
 
     @property
     def main(self) -> Float[Tensor, "b n d"]:
@@ -113,11 +123,13 @@ class _Passes(threading.local):
 class StackCut:
     """The cut in one transformer: `attach` puts its hooks in place, `detach` takes every trace of them away.
 
-    Raises ValueError, saying why, for a transformer that cannot be cut.
+    `pipe` is what loops without a pipeline are asked for (`running.py`). Raises ValueError, saying why, for a
+    transformer that cannot be cut.
     """
 
-    def __init__(self, transformer: nn.Module, controller: Controller) -> None:
+    def __init__(self, transformer: nn.Module, controller: Controller, pipe: DiffusionPipeline | None = None) -> None:
         self.family: BlockStack = check_can_cut(transformer)
+        self.whereabouts = Whereabouts(pipe)
         self.shapes: dict[str | None, Given] = {}  # of the last call in each context: tensors as a `Shape`
         self.now = _Passes()
         self._controller = controller
@@ -129,12 +141,18 @@ class StackCut:
     def attach(self, transformer: nn.Module) -> None:
         hooks = [_BlockHook(self, index) for index in range(len(self.family.blocks))]
         for module, hook in zip((transformer, *self.family.blocks), (_PassHook(self), *hooks), strict=True):
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)
+            put_hook(module, hook, HOOK_NAME)
         transformer._diffusers_hook.invalidate_child_registries_cache()
 
     def detach(self, transformer: nn.Module) -> None:
-        for module in (*self.family.blocks, transformer):
+        modules = (*self.family.blocks, transformer)
+        for module in modules:
+            check_removable(module, HOOK_NAME)
+        for module in modules:
             remove_hook(module, HOOK_NAME)
+        transformer_hooks = getattr(transformer, "_diffusers_hook", None)
+        if transformer_hooks is not None:
+            transformer_hooks.invalidate_child_registries_cache()
 
     @property
     def controller(self) -> Controller:
@@ -198,10 +216,16 @@ class _PassHook(InstanceHook):
         if torch.is_grad_enabled() and not module.training:
             warnings.warn("gradients are on, so the step cache is off: sample under torch.no_grad()", stacklevel=2)
         now.stack = now.skipped = None
-        now.call = None if time is None else self.names.identify(time, family.sample(call))
+        now.call = None if time is None else self._identified(module, time, family.sample(call))
         if now.call is not None:
             self.cut.shapes[now.call["context"]] = tree_map(Shape.of, call)
         return args, kwargs
+
+    def _identified(self, module: nn.Module, time: float, sample: Tensor) -> dict[str, Any]:
+        running = self.cut.whereabouts.of(module, lambda: time)
+        if running is None:
+            return self.names.identify(time, sample)
+        return self.names.identify(running.time, sample) | {"step": running.step, "running": running}
 
     @torch.compiler.disable
     def post_forward(self, module: nn.Module, output: Any) -> Any:

@@ -20,10 +20,9 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffusion_opt.caching.step.generation import DEFAULT_CONTEXT, Generation, Kind, Schedule
+from diffusion_opt.caching.step.generation import DEFAULT_CONTEXT, Generation, Moment
 from diffusion_opt.caching.step.predictors import Anchor, Extrapolation, keep_anchor
 from diffusion_opt.caching.step.report import StepCacheReport
 from diffusion_opt.caching.step.stack import StackPass
@@ -44,8 +43,11 @@ class Rule(Protocol):
         """Whether it may ever skip, with the settings it has."""
         return True
 
-    def start(self, pipe: DiffusionPipeline | None) -> None:
-        """Forget everything: a new generation begins. May raise ValueError if the rule is not meant for it."""
+    def check(self, stack: StackPass) -> None:
+        """Raise ValueError if the rule is not meant for the generation that begins with this pass."""
+
+    def start(self) -> None:
+        """Forget everything: a new generation begins, or nothing that was seen of this one compares with the rest."""
 
     def skip(self, stack: StackPass, forced: bool) -> bool:
         """Whether this pass is skipped; never if `forced`, but what it saw of the pass counts."""
@@ -80,15 +82,13 @@ class _Thread(threading.local):
 class StepCache:
     """A controller of a `StackCut`: rule and predictor, with the state of one generation in each thread.
 
-    The pipeline is referred to weakly and may be None; it is asked for its scheduler. The thread that makes a cache
-    uses the rule it was given, any other one a copy.
+    The thread that makes a cache uses the rule it was given, any other one a copy.
     """
 
-    def __init__(self, rule: Rule, predictor: Extrapolation, pipe: DiffusionPipeline | None = None) -> None:
+    def __init__(self, rule: Rule, predictor: Extrapolation) -> None:
         self.predictor = predictor
         self.probe_blocks = rule.probe_blocks
         self.last_report = StepCacheReport({})
-        self._schedule = Schedule(pipe)
         self._fresh_rule = copy.deepcopy(rule)
         self._thread = _Thread()
         self._thread.rule = rule
@@ -153,13 +153,18 @@ class StepCache:
 
     def _enter(self, stack: StackPass) -> _State:
         """The state of the generation that a pass belongs to, a new one if need be."""
-        name, kind = stack.context or DEFAULT_CONTEXT, Kind.of(stack.streams)
+        moment = Moment.of(stack.context, stack.time, stack.step, stack.running, **stack.streams)
         state = self._thread.state
-        if self._schedule.is_new(None if state is None else state.at, name, stack.time, stack.step, kind):
+        if state is None or not state.at.goes_on_with(moment):
             self.end_generation()
-            self.rule.start(self._schedule.pipe)
-            state = self._thread.state = _State(self._schedule.begin(name, stack.time))
-        state.at.note(name, stack.time, stack.step, kind)
+            self.rule.check(stack)
+            self.rule.start()
+            state = self._thread.state = _State(Generation.beginning(moment))
+        elif state.at.is_other_kind(moment):
+            state.anchors.pop(moment.context, None)
+            if moment.context == state.at.leader:
+                self.rule.start()
+        state.at.note(moment)
         return state
 
     def _conclude(self, state: _State) -> None:

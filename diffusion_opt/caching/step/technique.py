@@ -37,8 +37,8 @@ class StepCacheTechnique(ABC):
         """
         check_one_transformer(pipe)
         check_can_cut(pipe.transformer)
-        cache = StepCache(self.rule(pipe), PREDICTORS[self.predictor], pipe)
-        StackCut(pipe.transformer, cache).attach(pipe.transformer)
+        cache = StepCache(self.rule(pipe), PREDICTORS[self.predictor])
+        StackCut(pipe.transformer, cache, pipe).attach(pipe.transformer)
         return pipe
 
     def remove(self, pipe: DiffusionPipeline) -> None:

@@ -1,26 +1,34 @@
 """Calibration: one recording measures what it says, is saved as it is, and serves its own model and run only."""
 
 import json
+import weakref
 from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
 import torch
 from caching.calibrations import calibration_of
-from caching.pipelines import generate, small_pipeline
+from caching.pipelines import generate, run_of, small_pipeline
 from diffusers import MagCacheConfig
 from small_transformers import FAMILIES, family_pipeline, family_sample
 
 from diffusion_opt.caching import CalibratedRun, StepCalibration, calibrate_step_cache
 from diffusion_opt.caching.calibration.step_calibration import calibrate_runs
+from diffusion_opt.caching.step.running import Running
 from diffusion_opt.caching.step.stack import attached_cut
 from diffusion_opt.models import FlowMatchAdamsBashforthScheduler
 
 PROMPTS = ["0", "1", "2"]
 
 
+def last_run(pipe, place: int = 0) -> Running:
+    """The last run of a pipeline, seen from one of its passes."""
+    timesteps = pipe.scheduler.timesteps
+    return Running(weakref.ref(pipe), timesteps, tuple(t / 1000 for t in timesteps.tolist()), place)
+
+
 def calibrate(pipe, steps=4, guidance=1.0, prompts=PROMPTS, **settings) -> StepCalibration:
-    return calibrate_step_cache(pipe, prompts, steps, guidance, torch.Generator().manual_seed(3), **settings)
+    return calibrate_step_cache(pipe, run_of(*prompts, steps=steps, guidance=guidance, seed=3, **settings))
 
 
 def test_the_recorded_changes_and_ratios_are_the_real_ones(pipe):
@@ -55,8 +63,6 @@ def test_ratios_are_those_that_diffusers_prints(pipe, capsys):
 def test_both_branches_and_all_batches_count(pipe):
     assert calibrate(pipe, 5, 2.0, batch_size=2).num_pairs == 3 * 4 * 2
     assert calibrate(pipe, 5, 2.0, batch_size=2).run.guidance_scale == 2
-    with pytest.raises(ValueError, match="got 0 prompts"):
-        calibrate(pipe, prompts=[])
     with pytest.raises(ValueError, match="num_inference_steps=1"):
         calibrate(pipe, steps=1)
 
@@ -130,24 +136,35 @@ def test_a_truncated_or_missing_file_is_refused(pipe, tmp_path):
 def test_a_run_is_held_to_scheduler_steps_grid_and_guidance(pipe):
     generate(pipe)
     run = CalibratedRun.of(pipe)
-    run.check_run(pipe)
+    run.check_run(last_run(pipe), ())
     run.check_model(pipe)
     with pytest.raises(ValueError, match=r"calibrated on model [0-9a-f]{16}, this one is"):
         run.check_model(small_pipeline(seed=1))
-    with pytest.raises(ValueError, match=r"with 6 steps and guidance 4, this run is .* with 6 steps and guidance 2"):
-        replace(run, guidance_scale=4.0).check_run(pipe)
+    with pytest.raises(ValueError, match=r"for guidance 4, this run has guidance 2: calibrate anew for this run$"):
+        replace(run, guidance_scale=4.0).check_run(last_run(pipe), ())
+    replace(run, guidance_scale=2.1).check_run(last_run(pipe), (), near=0.05)
+    with pytest.raises(ValueError, match=r"or allow it knowingly with near=0\.05"):
+        replace(run, guidance_scale=2.1).check_run(last_run(pipe), ())
+    with pytest.raises(ValueError, match=r"on samples of \(16, 16\), this run has \(9, 16\)"):
+        replace(run, size=(16, 16)).check_run(last_run(pipe), (9, 16))
+    replace(run, size=(16, 16)).check_run(last_run(pipe), (9, 16), near=0.01)
+    with pytest.raises(ValueError, match="runs that begin at step 0, this one begins at step 2 of 6"):
+        run.check_run(last_run(pipe, place=2), ())
+    run.check_run(last_run(pipe, place=1), (), near=0.2)  # it begins .17 later
+    with pytest.raises(ValueError, match="runs that begin at step 2, this one begins at step 1"):
+        replace(run, begin=2).check_run(last_run(pipe, place=1), (), near=0.5)  # of an earlier step nothing is known
     generate(pipe, steps=7)
-    with pytest.raises(ValueError, match=r"this run is .* with 7 steps and guidance 2"):
-        run.check_run(pipe)
+    with pytest.raises(ValueError, match=r"this run is .* with 7 steps"):
+        run.check_run(last_run(pipe), ())
     euler = pipe.scheduler
     pipe.scheduler = FlowMatchAdamsBashforthScheduler.from_config(euler.config)
     generate(pipe)
     with pytest.raises(ValueError, match="this run is FlowMatchAdamsBashforthScheduler"):
-        run.check_run(pipe)
+        run.check_run(last_run(pipe), ())
     pipe.scheduler = type(euler).from_config(euler.config, shift=3.0)
     generate(pipe)
-    with pytest.raises(ValueError, match=r"another time grid: timestep 1 was 833.33, in this run it is 937.5"):
-        run.check_run(pipe)
+    with pytest.raises(ValueError, match=r"another time grid: step 1 was at t = 0.83333, in this run it is at 0.9375"):
+        run.check_run(last_run(pipe), ())
 
 
 def test_a_pipeline_that_was_never_called_counts_as_unguided():

@@ -5,18 +5,18 @@ from io import StringIO
 
 import pytest
 import torch
-from caching.pipelines import generate, small_pipeline
+from caching.pipelines import generate, run_of, small_pipeline
 from rich.console import Console
 from small_transformers import family_pipeline
 
 from diffusion_opt.caching import FixedSchedule
 from diffusion_opt.caching.comparison.baselines import CannotRunError
 from diffusion_opt.caching.comparison.compare import Comparison, Line, compare, conclude, lines, timed_name
-from diffusion_opt.caching.comparison.contest import Contest, RunSettings, Setting, scheduled, uncached
+from diffusion_opt.caching.comparison.contest import Contest, Setting, scheduled, uncached
 from diffusion_opt.caching.comparison.contestants import Chosen, Tuned, _taylor_steps, contestants, equal_change_mask
 from diffusion_opt.caching.schedules.search import SearchSettings, even_mask
 
-RUN = RunSettings(("0", "1", "2"), 6, 2.0)
+RUN = run_of("0", "1", "2")
 SEARCH = SearchSettings(trials=1, amplify_every=0, max_gap=4)
 
 
@@ -35,14 +35,14 @@ def cost(contest: Contest, setting: Setting) -> float:
 
 
 def test_plain_runs_cost_their_steps(contest):
-    assert cost(contest, contest.full("euler")) == RUN.steps
+    assert cost(contest, contest.full("euler")) == RUN.num_inference_steps
     assert cost(contest, Setting("three", 3, "adams_bashforth2")) == 3
 
 
 @pytest.mark.parametrize("computed", [1, 3, 6])
 def test_a_schedule_costs_its_steps_and_the_ends_of_the_skipped(contest, computed):
-    schedule = FixedSchedule(even_mask(RUN.steps, computed), "reuse")
-    expected = computed + (RUN.steps - computed) * contest.skipped_step
+    schedule = FixedSchedule(even_mask(RUN.num_inference_steps, computed), "reuse")
+    expected = computed + (RUN.num_inference_steps - computed) * contest.skipped_step
     assert cost(contest, scheduled(schedule, "euler")) == pytest.approx(expected, rel=1e-9)
     assert 0 < contest.skipped_step < 0.2
 
@@ -75,7 +75,7 @@ class Priced(Contest):
 
     def __init__(self, price):
         self.price = price
-        self.run = RUN
+        self.run, self.steps = RUN, RUN.num_inference_steps
         self.asked = []
         self.skipped_step = 0.0
 
@@ -118,9 +118,9 @@ def test_of_discrete_settings_the_best_that_fits_is_chosen(contest):
 def test_the_steps_of_taylor_seer_are_those_that_diffusers_computes(pipe, contest):
     from diffusion_opt.caching.comparison.baselines import taylor_seer
 
-    setting = Setting("", RUN.steps, scope=taylor_seer(3, 3).on)
-    computed = _taylor_steps(RUN.steps, 3, 3)
-    assert computed < cost(contest, setting) < computed + (RUN.steps - computed) * 0.2
+    setting = Setting("", RUN.num_inference_steps, scope=taylor_seer(3, 3).on)
+    computed = _taylor_steps(RUN.num_inference_steps, 3, 3)
+    assert computed < cost(contest, setting) < computed + (RUN.num_inference_steps - computed) * 0.2
 
 
 def test_steps_of_equal_change():
@@ -202,7 +202,7 @@ def test_the_pipeline_is_left_as_it_was(pipe):
 def test_bad_input(contest, pipe):
     with pytest.raises(ValueError, match="no policy is called 'magic': there are fewer Euler steps"):
         list(lines(contest, (4,), SEARCH, ("magic",)))
-    with pytest.raises(ValueError, match=r"WanPipeline has no run of its own: pass RunSettings"):
+    with pytest.raises(ValueError, match=r"WanPipeline has no classes of its own to ask for: give prompts"):
         Contest(family_pipeline("wan", blocks=2))
     with pytest.raises(ValueError, match="either numbers or a reason"):
         Line("p", "rule", 4, "", None, None, None)
@@ -230,7 +230,7 @@ def test_names_are_unique_and_every_group_takes_part(contest):
 
 @pytest.mark.slow
 def test_on_the_shipped_model_the_searched_forecast_beats_fewer_steps(shipped):
-    run = RunSettings(tuple(str(label) for label in range(10)), 20, 2.0)
+    run = run_of(*map(str, range(10)), steps=20)
     search = replace(SEARCH, trials=8, max_gap=8)
     only = ("fewer Euler steps", "fewer second-order steps", "even spacing, reuse", "searched, forecast")
     found = compare(shipped("fashion-micro"), (8,), 16, run=run, search=search, only=only, rounds=0, progress=False)

@@ -21,7 +21,7 @@ MASK = (True, True, False, True, False, True)
 
 
 class Mask(Rule):
-    def start(self, pipe):
+    def start(self):
         self.index = 0
 
     def skip(self, stack, forced):
@@ -57,7 +57,7 @@ def test_the_two_functions_are_the_pass_and_its_shortcut(family):
 def test_two_whole_graphs_give_what_the_step_cache_gives(family):
     pipe = family_pipeline(family)
     dense = family_sample(pipe)
-    cut = StackCut(pipe.transformer, StepCache(Mask(), PREDICTORS["forecast"], pipe))
+    cut = StackCut(pipe.transformer, StepCache(Mask(), PREDICTORS["forecast"]), pipe)
     cut.attach(pipe.transformer)
     cached = family_sample(pipe)
     cut.detach(pipe.transformer)
@@ -106,7 +106,7 @@ def test_with_a_real_compiler():
 def test_a_step_cache_stays_right_when_the_model_is_compiled_later(what):
     """Decisions are kept out of the graphs; what is compiled is the rest."""
     pipe = family_pipeline("flux2", blocks=2)
-    StackCut(pipe.transformer, StepCache(Mask(), PREDICTORS["forecast"], pipe)).attach(pipe.transformer)
+    StackCut(pipe.transformer, StepCache(Mask(), PREDICTORS["forecast"]), pipe).attach(pipe.transformer)
     expected = family_sample(pipe)
     torch._dynamo.reset()
     counters.clear()

@@ -6,12 +6,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from caching.pipelines import generate, small_pipeline
+from caching.pipelines import generate, run_of, small_pipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_opt.caching import CalibratedRun, step_cache_report
 from diffusion_opt.caching.schedules.error_bound import (
+    CALIBRATED,
     ErrorBound,
     ErrorBoundedCache,
     calibrate_error_bound,
@@ -93,9 +94,9 @@ def test_the_refusal_names_the_least_error_that_would_do():
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 90.0])
 def test_a_confidence_is_a_probability(confidence):
     with pytest.raises(ValueError, match=r"inside \(0, 1\), 0.9 for a start"):
-        ErrorBoundedCache(0.1, confidence)
+        ErrorBoundedCache(0.1, "any", confidence)
     with pytest.raises(ValueError, match="max_rel_error must be above 0"):
-        ErrorBoundedCache(0.0)
+        ErrorBoundedCache(0.0, "any")
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_the_cache_runs_the_most_aggressive_schedule_that_qualifies(pipe, bound,
     bound.save(path)
     assert ErrorBound.load(path) == bound
     for allowed, mask in ((0.09, SOME), (0.5, SOME), (0.9, FEW)):
-        technique = ErrorBoundedCache(allowed, 0.9, path)
+        technique = ErrorBoundedCache(allowed, path, 0.9)
         generate(technique.apply(pipe))
         assert tuple(ran for _, ran in step_cache_report(pipe).passes["cond"]) == mask
         technique.remove(pipe)
@@ -123,20 +124,21 @@ def test_it_refuses_instead_of_running_uncached(pipe, bound, tmp_path):
     path = str(tmp_path / "bound.json")
     bound.save(path)
     with pytest.raises(ValueError, match=r"only the full run keeps the error at 0.05 .* 4 of 6 steps is off .* 0.09"):
-        ErrorBoundedCache(0.05, 0.9, path).apply(pipe)
+        ErrorBoundedCache(0.05, path, 0.9).apply(pipe)
     with pytest.raises(ValueError, match="needs 19 calibration samples or more, got 9"):
-        ErrorBoundedCache(0.5, 0.95, path).apply(pipe)
+        ErrorBoundedCache(0.5, path, 0.95).apply(pipe)
     with pytest.raises(ValueError, match="was calibrated on model"):
-        ErrorBoundedCache(0.5, 0.9, path).apply(small_pipeline(seed=1))
-    ErrorBoundedCache(0.5, 0.9, path).apply(pipe)
+        ErrorBoundedCache(0.5, path, 0.9).apply(small_pipeline(seed=1))
+    ErrorBoundedCache(0.5, path, 0.9).apply(pipe)
     with pytest.raises(ValueError, match=r"this run is .* with 7 steps"):
         generate(pipe, steps=7)
 
 
 def test_errors_are_those_of_real_runs_and_the_measure_is_free():
     pipe = small_pipeline(num_double=1, num_single=1)
-    tasks = generation_tasks(["0", "1", "2"], 6, 2.0, seed=3, batch_size=2)
-    bound = calibrate_error_bound(pipe, [FEW, SOME], "reuse", tasks)
+    run = run_of("0", "1", "2", batch_size=2)
+    bound = calibrate_error_bound(pipe, run, [FEW, SOME], "reuse", num_samples=3)
+    tasks = generation_tasks(run, 3, first=CALIBRATED)
     assert bound.masks == (FULL, SOME, FEW)
     errors = torch.tensor(bound.errors)
     assert errors.shape == (3, 3) and not errors[:, 0].any() and (errors[:, 1:] > 0).all()

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from caching.pipelines import generate, small_pipeline
+from caching.pipelines import generate, run_of, small_pipeline
 
 from diffusion_opt.caching import CalibratedRun, FixedSchedule, step_cache_report
 from diffusion_opt.caching.rules.fixed import marks
@@ -65,9 +65,9 @@ def test_another_model_or_run_is_refused(pipe, saved):
         technique.apply(other)
     assert attached_cut(other.transformer) is None
     technique.apply(pipe)
-    with pytest.raises(ValueError, match=r"with 6 steps and guidance 2, this run is .* with 7 steps"):
+    with pytest.raises(ValueError, match=r"with 6 steps, this run is .* with 7 steps"):
         generate(pipe, steps=7)
-    with pytest.raises(ValueError, match="and guidance 3"):
+    with pytest.raises(ValueError, match="this run has guidance 3"):
         generate(pipe, guidance=3.0)
     pipe.scheduler = FlowMatchAdamsBashforthScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="this run is FlowMatchAdamsBashforthScheduler"):
@@ -76,7 +76,7 @@ def test_another_model_or_run_is_refused(pipe, saved):
 
 def test_search_reports_the_errors_it_measured():
     pipe = small_pipeline(num_double=1, num_single=1)
-    (task,), held_out = (generation_tasks(["0", "1"], 6, 2.0, seed=s) for s in (1, 50))
+    (task,), held_out = (generation_tasks(run_of("0", "1"), first=first) for first in (0, 50))
     dense = task.run(pipe)
     costs = measure_costs(pipe, [task], SETTINGS)
     found = search_schedule(pipe, task, starting_masks(costs, 3), SETTINGS, held_out)
@@ -130,7 +130,7 @@ def test_shipped_schedules_beat_both_solvers_with_fewer_steps(shipped, budget):
     pipe = shipped("fashion")
 
     def sample(steps):
-        return generation_tasks([str(label) for label in range(10)], steps, 2.0, seed=77_000)[0].run(pipe)
+        return generation_tasks(run_of(*map(str, range(10)), steps=steps), first=77_000)[0].run(pipe)
 
     full, fewer = sample(50), sample(budget)
     technique = ScheduledCache(f"fashion-{budget}")

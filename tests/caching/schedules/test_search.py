@@ -4,7 +4,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from caching.pipelines import small_pipeline
+from caching.pipelines import run_of, small_pipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,7 +133,7 @@ def test_interpolation_between_probed_steps():
 def calibrated():
     """A small pipeline, a task of 7 steps, and its recording."""
     pipe = small_pipeline(num_double=1, num_single=1)
-    (task,) = generation_tasks(["0", "1"], 7, 2.0, seed=1)
+    (task,) = generation_tasks(run_of("0", "1", steps=7))
     return pipe, task, record(pipe, task)
 
 
@@ -141,7 +141,7 @@ def calibrated():
 def test_the_cost_of_one_skip_is_the_error_of_the_real_run(calibrated, predictor):
     """With A_k measured, the estimate for a single skip is no estimate: the errors agree (means of one sample)."""
     pipe, _, _ = calibrated
-    (task,) = generation_tasks(["3"], 7, 2.0, seed=1)
+    (task,) = generation_tasks(run_of("3", steps=7))
     recording = record(pipe, task)
     growth = amplification(pipe, task, predictor, every=2)
     costs = segment_costs(pipe, [recording], predictor, growth, max_gap=2)
@@ -196,6 +196,6 @@ def test_bad_settings_are_refused(change, message):
 
 
 def test_a_run_of_one_step_is_refused():
-    (task,) = generation_tasks(["0"], 1, 1.0, seed=1)
+    (task,) = generation_tasks(run_of("0", steps=1))
     with pytest.raises(ValueError, match="a run of one step"):
         amplification(small_pipeline(), task, "forecast")

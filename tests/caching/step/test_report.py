@@ -19,7 +19,7 @@ class Eager(Rule):
     def __init__(self, probe_blocks: int = 0) -> None:
         self.probe_blocks, self.last = probe_blocks, False
 
-    def start(self, pipe):
+    def start(self):
         self.last = False
 
     def skip(self, stack, forced):
@@ -28,8 +28,8 @@ class Eager(Rule):
 
 
 def put(transformer, predictor="forecast", pipe=None, probe_blocks=0) -> StepCache:
-    cache = StepCache(Eager(probe_blocks), PREDICTORS[predictor], pipe)
-    StackCut(transformer, cache).attach(transformer)
+    cache = StepCache(Eager(probe_blocks), PREDICTORS[predictor])
+    StackCut(transformer, cache, pipe).attach(transformer)
     return cache
 
 

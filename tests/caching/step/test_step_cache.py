@@ -20,7 +20,7 @@ class Eager(Rule):
     def __init__(self) -> None:
         self.seen, self.starts, self.willing = [], 0, True
 
-    def start(self, pipe):
+    def start(self):
         self.starts += 1
 
     def skip(self, stack, forced):
@@ -29,8 +29,8 @@ class Eager(Rule):
 
 
 def cached(pipe, predictor="reuse", known=True) -> StepCache:
-    cache = StepCache(Eager(), PREDICTORS[predictor], pipe if known else None)
-    StackCut(pipe.transformer, cache).attach(pipe.transformer)
+    cache = StepCache(Eager(), PREDICTORS[predictor])
+    StackCut(pipe.transformer, cache, pipe if known else None).attach(pipe.transformer)
     return cache
 
 
