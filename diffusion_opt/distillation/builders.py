@@ -41,7 +41,6 @@ from diffusion_opt.training.lora import LoraSettings, adapters
 
 RENOISED = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.9, 0.75, 0.5)}  # times of students that noise their picture again
 FIRST_STAGE = 8  # steps of the first student of progressive distillation
-NUM_REFERENCE = 128  # pictures of the teacher that the alarms compare with
 
 
 @dataclass(frozen=True)
@@ -85,21 +84,21 @@ class Task:
             return self.fake
         if self.lora is not None:
             return adapters(self.network, ("fake_score",), self.lora)["fake_score"]
-        return copy.deepcopy(self.network).train().requires_grad_(True)
+        fake = copy.deepcopy(self.network).train().requires_grad_(True)
+        for weight in fake.parameters():  # a teacher in half precision is fine, a network in training is not
+            weight.data = weight.data.float() if weight.element_size() < 4 else weight.data
+        return fake
 
     @torch.no_grad()
-    def reference(self) -> Float[Tensor, "n *s"]:
-        """Pictures of the guided teacher, from 8 second-order steps."""
-        device, conditions = next(self.network.parameters()).device, self.subject.conditions
-        noise = randn(
-            (NUM_REFERENCE, *self.subject.sample_shape), torch.Generator(device).manual_seed(2**31 + self.seed)
-        )
-        labels = torch.arange(NUM_REFERENCE, device=device) % max(len(conditions), 1)
-        made = [
-            SAMPLERS["adams_bashforth2"](self.teacher, noise[part], sampling_times(8), conditions[labels[part]])
-            for part in torch.arange(NUM_REFERENCE, device=device).split(self.subject.batch or NUM_REFERENCE)
-        ]
-        return torch.cat(made)
+    def reference(self) -> Float[Tensor, "n *s"] | None:
+        """Pictures of the guided teacher, from 8 second-order steps; None for a subject that has no use for them."""
+        num, subject = self.subject.num_reference, self.subject
+        if not num:
+            return None
+        device = next(self.network.parameters()).device
+        noise = randn((num, *subject.sample_shape), torch.Generator(device).manual_seed(2**31 + self.seed))
+        condition = subject.conditions[torch.arange(num, device=device) % max(len(subject.conditions), 1)]
+        return SAMPLERS["adams_bashforth2"](self.teacher, noise, sampling_times(8), condition)
 
 
 def ladder(steps: int) -> tuple[float, ...]:

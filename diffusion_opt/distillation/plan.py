@@ -71,9 +71,12 @@ class StudentPlan:
 
     def settled(self, subject: Subject) -> "StudentPlan":
         """The plan with the teacher's own guidance where none was given; 1, none, for methods that know no guidance."""
-        if self.guidance is not None:
-            return self
-        return replace(self, guidance=subject.default_guidance if method_named(self.method).guided else 1.0)
+        method, plan = method_named(self.method), self
+        if plan.guidance is None:
+            plan = replace(plan, guidance=subject.default_guidance if method.guided else 1.0)
+        if method.pairs and plan.pairs is None and subject.batch is not None:
+            plan = replace(plan, pairs=replace(plan.pair_config, shard_size=subject.batch))
+        return plan
 
 
 def _check_guidance(plan: StudentPlan, method: Method) -> None:

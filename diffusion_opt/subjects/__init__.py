@@ -9,6 +9,7 @@ with its identity, conditions, real samples, and how a student begins and ends.
 from diffusion_opt.subjects.class_conditional import ClassConditional
 from diffusion_opt.subjects.conditions import UNCONDITIONAL, Classes, Conditions, Samples
 from diffusion_opt.subjects.networks import denoisers
+from diffusion_opt.subjects.prompted import PromptedPipeline
 from diffusion_opt.subjects.run import Run
 from diffusion_opt.subjects.subject import Beginning, Sampling, Subject
 
@@ -18,6 +19,7 @@ __all__ = [
     "ClassConditional",
     "Classes",
     "Conditions",
+    "PromptedPipeline",
     "Run",
     "Samples",
     "Sampling",

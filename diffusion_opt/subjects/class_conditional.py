@@ -31,6 +31,7 @@ class ClassConditional:
 
     needs_start = True
     batch = None
+    num_reference = 128
 
     def __init__(self, pipe: TinyFlux2Pipeline, name: str, data: ImageData | None = None) -> None:
         self.pipe, self.name = pipe, name

@@ -75,6 +75,7 @@ class Subject(Protocol):
     needs_start: bool  # whether distribution methods must start from a student that makes pictures already
 
     batch: int | None  # samples that the teacher makes at a time outside training; None: as many as are asked for
+    num_reference: int  # pictures of the teacher that alarms compare with; 0: none, where they cost too much
 
     def refuses(self, takes: Takes, needs_data: bool) -> str | None:
         """Why this subject cannot serve a method whose network takes these inputs; None if it can."""
