@@ -29,7 +29,7 @@ from diffusion_opt.models import SIZES, TinyFlux2Pipeline, build_pipeline, veloc
 from diffusion_opt.models.fingerprint import identity
 from diffusion_opt.subjects import Beginning, ClassConditional, Sampling, Subject, denoisers
 from diffusion_opt.training import TrainConfig, TrainResult, is_sharded, processes, train
-from diffusion_opt.training.lora import Adapted, LoraSettings, adapters, merged, save_lora
+from diffusion_opt.training.lora import Adapted, LoraSettings, adapters, merged, save_lora, without_adapters
 from diffusion_opt.training.settings import not_finite, settings_of
 
 # Measured results: the model's card, data/models/<name>/README.md.
@@ -91,10 +91,27 @@ def make_student(
     beginning = begin(plan, method, subject, shared)
     belongs = record.as_json({**asdict(plan), **_sources(plan, subject, beginning)})
     record.check(out, belongs)
-    task = task_for(plan, method, subject, beginning, config.seed, shared)
-    if method.pairs:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            task = replace(task, pairs=_pairs(task, plan, pairs_folder or out / "pairs", device, progress))
+    try:
+        task = task_for(plan, method, subject, beginning, config.seed, shared)
+        if method.pairs:
+            task = replace(task, pairs=_pairs(task, plan, pairs_folder or out / "pairs", config, progress))
+        return _fitted(plan, method, task, beginning, belongs, config, out, progress)
+    finally:
+        if shared:
+            without_adapters(subject.network)
+
+
+def _fitted(
+    plan: StudentPlan,
+    method: Method,
+    task: Task,
+    beginning: Beginning,
+    belongs: dict[str, Any],
+    config: TrainConfig,
+    out: Path,
+    progress: bool,
+) -> tuple[DiffusionPipeline, TrainResult]:
+    """Train the student of a task, and keep it with what it belongs to."""
     distiller = method.build(task)
     belongs |= {"settings": settings_of(distiller)}
     record.check(out, belongs)
@@ -102,9 +119,9 @@ def make_student(
     record.note(out, belongs, finished=False)
     results = method.fit(task, config, out, progress, distiller)
     for steps, result in results.items():
-        last = steps == plan.steps
-        made = _keep(subject, beginning, result, out if last else out / f"steps-{steps}",
-                     sampling_of(plan, method, task.two_time, steps), copied=not last)  # fmt: skip
+        last, sampling = steps == plan.steps, sampling_of(plan, method, task.two_time, steps)
+        folder = out if last else out / f"steps-{steps}"
+        made = _keep(task.subject, beginning, result, folder, sampling, copied=not last)
     record.note(out, belongs, finished=result.finished)
     return made, result
 
@@ -184,9 +201,10 @@ def _sources(plan: StudentPlan, subject: Subject, beginning: Beginning) -> dict[
     return {"teacher_identity": dict(subject.identity()), "start_identity": start, "data": data}
 
 
-def _pairs(task: Task, plan: StudentPlan, folder: Path, device: str, progress: bool) -> OdePairs:
-    subject = task.subject
-    with processes().main_first():
+def _pairs(task: Task, plan: StudentPlan, folder: Path, config: TrainConfig, progress: bool) -> OdePairs:
+    subject, device = task.subject, next(task.network.parameters()).device
+    halves = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    with processes().main_first(), halves:
         pairs = generate_pairs(
             subject.guided, subject.sample_shape, subject.conditions, plan.pair_config, folder,
             source=subject.identity(), device=device, progress=progress,
@@ -206,7 +224,7 @@ def _keep(
             save_lora(trained, out / LORA)
         if is_sharded(trained.base):  # its whole weights are on no process: the adapter is what there is
             return beginning.pipe
-        trained = merged(trained)
+        trained = result.ema = merged(trained)
     if any(weight.is_meta for weight in trained.parameters()):  # sharded: the first process alone has the average
         return beginning.pipe
     return subject.finish(beginning, trained, sampling, out / PIPELINE if writes else None)

@@ -17,6 +17,7 @@ the same sample does so in any batch.
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -55,9 +56,9 @@ class StudentScheduler(FlowMatchEulerDiscreteScheduler, SchedulerMixin):
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        sigmas: Sequence[float] | None = None,
+        sigmas: Sequence[float] | np.ndarray | None = None,
         mu: float | None = None,
-        timesteps: Sequence[float] | None = None,
+        timesteps: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         """Take the ladder with so many steps; a shift `mu` has no say, and neither have evenly spaced times.
 

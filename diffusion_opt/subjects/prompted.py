@@ -16,6 +16,7 @@ of training, and with steps, sizes and no guidance as the defaults of its call (
 
 import copy
 import inspect
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,9 @@ class PromptedPipeline:
         self, beginning: Beginning, trained: nn.Module, sampling: Sampling, folder: Path | None
     ) -> DiffusionPipeline:
         pipe, transformer = beginning.pipe, trained.transformer.eval()
-        types = {name: weight.dtype for name, weight in self.transformer.named_parameters()}
+        types = {n.replace(".base_layer", ""): w.dtype for n, w in self.transformer.named_parameters()}
         for name, weight in transformer.named_parameters():
-            weight.data = weight.data.to(types.get(name, self.transformer.dtype))
+            weight.data = weight.data.to(types[name])
         transformer.disable_gradient_checkpointing()
         pipe.transformer = transformer
         self.sampled(pipe, sampling)
@@ -185,14 +186,8 @@ class PromptedPipeline:
     def _opened(self, start: str) -> nn.Module:
         """The transformer of a start. Raises ValueError for one of another kind."""
         transformer = check_kind(load(start, dtype=self.transformer.dtype))
-        mine, theirs = (
-            {key: value for key, value in network.config.items() if not key.startswith("_")}
-            for network in (self.transformer, transformer)
-        )
-        if type(transformer) is not type(self.transformer) or mine != theirs:
-            raise ValueError(
-                f"{start} has another kind of transformer than {self.name}: start from one of its students"
-            )
+        if _kind(transformer) != _kind(self.transformer):
+            raise ValueError(f"{start} has another transformer than {self.name}: start from one of its students")
         return transformer
 
     def _fitting(self, data: ImageData) -> ImageData:
@@ -201,6 +196,12 @@ class PromptedPipeline:
         if tuple(data.images.shape[1:]) != self.sample_shape:
             raise ValueError(f"a sample is {self.sample_shape}, the data has {tuple(data.images.shape[1:])}")
         return data.to(self.device)
+
+
+def _kind(transformer: nn.Module) -> str:
+    """Class and configuration, as they come back from a file."""
+    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    return type(transformer).__name__ + json.dumps(config, sort_keys=True, default=str)
 
 
 def _guidance(pipe: DiffusionPipeline, run: Run) -> float:

@@ -134,11 +134,17 @@ def merged(adapted: Adapted) -> nn.Module:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             places[adapted._inside[name]].copy_(parameter)
-    for name, layer in _layers(network).items():
+    for layer in _layers(network).values():
         layer.merge(safe_merge=True, adapter_names=[adapted.adapter])
+    return without_adapters(network).requires_grad_(False)
+
+
+def without_adapters(network: nn.Module) -> nn.Module:
+    """The network with its adapters taken out again, in place: what it was before `adapters`, bit for bit."""
+    for name, layer in _layers(network).items():
         parent, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, layer.get_base_layer())
-    return network.requires_grad_(False)
+    return network
 
 
 def save_lora(adapted: Adapted, folder: Path) -> None:

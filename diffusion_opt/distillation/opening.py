@@ -1,0 +1,74 @@
+"""From what a user names to a `Subject`: a class-conditional model, or any pipeline with prompts.
+
+One door for the command and for scripts. The class of the folder decides: a class-conditional pipeline brings its
+conditions along and refuses prompts; every other one needs them. `presets_for` gives the settings from which a run on a
+large pipeline starts; the presets of the methods are minutes of two CPU cores on a small model.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusion_opt.distillation.methods import Method
+from diffusion_opt.models import TinyFlux2Pipeline, load
+from diffusion_opt.subjects import ClassConditional, PromptedPipeline, Run, Subject
+from diffusion_opt.subjects.real_samples import captioned, encoded, latents_of
+from diffusion_opt.training import TrainConfig
+
+LARGE = TrainConfig(steps=2000, batch_size=8, learning_rate=2e-5, warmup_steps=50, betas=(0.0, 0.999), ema_decay=0.98)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Where a user's real samples are: one of the two, or neither."""
+
+    latents: Path | None = None
+    pictures: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.latents is not None and self.pictures is not None:
+            raise ValueError("give latents or pictures, not both")
+
+
+def open_subject(
+    teacher: str,
+    prompts: tuple[str, ...] = (),
+    samples: Samples = Samples(),
+    device: str = "cpu",
+    dtype: Any = "auto",
+    **asked: Any,
+) -> Subject:
+    """The teacher as a subject; `asked` are fields of `Run` (guidance_scale, height, width, num_frames, …).
+
+    Raises ValueError for prompts, samples or sizes given to a class-conditional teacher, and for a pipeline without
+    prompts; and as `ClassConditional` and `PromptedPipeline` do.
+    """
+    pipe = load(teacher, dtype=dtype)
+    if isinstance(pipe, TinyFlux2Pipeline):
+        sizes = [name for name, value in asked.items() if value not in (None, {}, 1)]
+        given = ["prompts"] * bool(prompts) + ["samples"] * (samples != Samples()) + sizes
+        if given:
+            raise ValueError(f"{teacher} has classes and a size of its own: leave out {', '.join(given)}")
+        return ClassConditional.open(teacher, device)
+    data = None
+    if samples.pictures is not None:
+        paths, captions = captioned(samples.pictures)
+        if prompts:
+            raise ValueError("the captions of the pictures are the prompts: leave out the prompts")
+        if not (asked.get("height") and asked.get("width")):
+            raise ValueError("pictures are encoded at one size: give height and width")
+        data, prompts = encoded(pipe.to(device), paths, captions, asked["height"], asked["width"])
+    if not prompts:
+        raise ValueError(f"{teacher} has no classes of its own: give prompts")
+    if samples.latents is not None:
+        data = latents_of(samples.latents, prompts)
+    run = Run(prompts, **{name: value for name, value in asked.items() if value is not None})
+    return PromptedPipeline(pipe, run, name=teacher, data=data, device=device)
+
+
+def preset_for(method: Method, steps: int, subject: Subject) -> TrainConfig:
+    """The settings to start from: the method's own for class-conditional teachers, `LARGE` for pipelines."""
+    if isinstance(subject, ClassConditional):
+        return method.presets[steps]
+    own = method.presets[steps]
+    return replace(LARGE, betas=own.betas if method.kind == "trajectory" else LARGE.betas)
