@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from diffusion_opt.caching import StreamingRegionCache, region_report, set_region, stream
 from diffusion_opt.caching.region.policy import Streaming
-from diffusion_opt.caching.region.session import has_session
+from diffusion_opt.caching.region.session import policy_of
 from diffusion_opt.datasets import load_fashion_mnist
 from diffusion_opt.evaluation import count, interleaved, timed
 from diffusion_opt.models import TinyFlux2Config, TinyFlux2Pipeline, build_pipeline, load, position_ids
@@ -109,7 +109,7 @@ def next_frame(
 ) -> Streamed:
     """One more frame of a stream without a prompt; the pipeline's region cache, if any, remembers the one before."""
     image, seconds = timed(partial(next, stream(pipe, [frame], "", steps=steps, strength=strength)), 0)
-    if not has_session(pipe.transformer, Streaming):
+    if policy_of(pipe.transformer, Streaming) is None:
         return Streamed(image, seconds)
     report = region_report(pipe)
     return Streamed(image, seconds, report.passes[0].num_computed, report.work, report.passes[0].reason)

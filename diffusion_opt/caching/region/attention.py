@@ -12,8 +12,7 @@ Processors are diffusers' own door for this; `detach` puts the old ones back. di
 same with the fixed tokens of reference images.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -31,14 +30,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffusion_opt.caching.region.slots import LayerSlot
+from diffusion_opt.caching.step.hooks import NO_COPY
 
 
-@dataclass(slots=True)
-class Board:
-    """What the processors of one transformer share: the slot of the pass under way and its rows."""
+class Board(threading.local):
+    """What the processors of one transformer share in a thread: the slot of the pass under way and its rows."""
 
-    layers: list[LayerSlot] | None = None  # None: no cached pass is under way, attend as usual
-    rows: Int[Tensor, " a"] | None = None  # of K and V that this pass computes; None: all
+    def __init__(self) -> None:
+        self.layers: list[LayerSlot] | None = None  # None: no cached pass is under way, attend as usual
+        self.rows: Int[Tensor, " a"] | None = None  # of K and V that this pass computes; None: all
+
+    def __deepcopy__(self, memo: dict) -> "Board":
+        raise ValueError(NO_COPY)
 
 
 class SlotProcessor:
@@ -184,18 +187,27 @@ def stand_in(attention: nn.Module, layer: int, board: Board) -> SlotProcessor:
     return STAND_INS[type(stock)](stock, layer, board)
 
 
-def exchange_processors(attentions: list[nn.Module], board: Board) -> Callable[[], None]:
-    """Put stand-ins in place of all processors, or of none if one is unknown; a call of the result takes them back."""
-    replaced = [stand_in(attention, layer, board) for layer, attention in enumerate(attentions)]
-    for attention, processor in zip(attentions, replaced, strict=True):
-        attention.set_processor(processor)
+class Exchanged:
+    """Stand-ins in place of all processors, or of none if one is unknown; `restore` puts the stock ones back."""
 
-    def restore() -> None:
-        for attention, processor in zip(attentions, replaced, strict=True):
+    def __init__(self, attentions: list[nn.Module], board: Board) -> None:
+        self._pairs = [(attention, stand_in(attention, layer, board)) for layer, attention in enumerate(attentions)]
+        for attention, processor in self._pairs:
+            attention.set_processor(processor)
+
+    def check(self) -> None:
+        """Raise ValueError if a layer has another processor by now: putting the stock one back would undo that."""
+        for attention, processor in self._pairs:
+            if attention.processor is not processor:
+                raise ValueError(
+                    f"layer {processor.layer} has {type(attention.processor).__name__} since the region cache was "
+                    "applied: take off what put it there first"
+                )
+
+    def restore(self) -> None:
+        for attention, processor in self._pairs:
             processor.stock._attention_backend = processor._attention_backend
             attention.set_processor(processor.stock)
-
-    return restore
 
 
 def _joined(first: Tensor, second: Tensor, dim: int = 1) -> Tensor:

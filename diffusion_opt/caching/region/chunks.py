@@ -13,11 +13,13 @@ Frames. FlowCache (arXiv 2602.10825) gives each chunk of a video TeaCache's rule
 so still frames wait while moving ones are computed. A chunk that waits takes the velocity it had.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffusion_opt.caching.region.policy import Choice, Seen
+from diffusion_opt.caching.region.policy import Choice, PassDone, Seen, saved_nothing
 
 
 class ChunkAccumulators:
@@ -75,6 +77,11 @@ class References:
     def judge(self, choice: Choice, new: Float[Tensor, "b a k"], old: Float[Tensor, "b a k"]) -> bool:
         return False
 
+    def remedy(self, passes: Sequence[PassDone]) -> str | None:
+        if self.refresh_every == 1 or not saved_nothing(passes):
+            return None
+        return "a run of one step has no earlier one to keep references from"
+
 
 class Chunks:
     """Policy: the frames that are due. Contexts of one step share the decision that the first of them took."""
@@ -99,3 +106,8 @@ class Chunks:
 
     def judge(self, choice: Choice, new: Float[Tensor, "b a k"], old: Float[Tensor, "b a k"]) -> bool:
         return False
+
+    def remedy(self, passes: Sequence[PassDone]) -> str | None:
+        if not self.threshold or not saved_nothing(passes):
+            return None
+        return f"every frame changed by {self.threshold:g} or more at each step; raise the threshold"

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_opt.caching.region.policy import Masked
-from diffusion_opt.caching.region.session import has_session
-from diffusion_opt.caching.region.source import check_pipeline, encode, noised, schedule
+from diffusion_opt.caching.region.session import policy_of
+from diffusion_opt.caching.region.source import encode, from_pictures, noised, schedule
 from diffusion_opt.caching.region.technique import set_region
 
 
@@ -44,9 +44,9 @@ def edit(
     """Images in [0, 1]: those given, in [-1, 1], with the tokens under `mask` made anew for the prompt.
 
     `strength` 1 forgets what was there. Works with and without an `EditRegionCache` on the pipeline. Raises ValueError
-    for a pipeline that is not FLUX.2 klein's, an empty mask, or a strength outside (0, 1].
+    for a pipeline that is not FLUX.2's, an empty mask, or a strength outside (0, 1].
     """
-    check_pipeline(pipe)
+    pipe = from_pictures(pipe)
     if not bool(mask.any()):
         raise ValueError("the mask is empty: mark at least one pixel to make anew")
     clean = encode(pipe, image)
@@ -59,7 +59,7 @@ def edit(
         outside = noised(packed_clean, packed_noise, plan.times[step + 1])
         return {"latents": torch.where(region[:, None], state["latents"], outside)}
 
-    cached = has_session(pipe.transformer, Masked)
+    cached = policy_of(pipe.transformer, Masked) is not None
     guided = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     if cached:
         set_region(pipe, region)

@@ -14,6 +14,7 @@ the others lack: if their velocity moved by more than `alarm`, relative to its s
 in full. RAS (Liu et al. 2025, arXiv 2502.10389) and SpotEdit choose tokens by other scores, without such a control.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffusion_opt.caching.region.detect import bucket_size, change_scores, dilate, fill_bucket, nearness
+from diffusion_opt.caching.region.detect import FULL_ABOVE, bucket_size, change_scores, dilate, fill_bucket, nearness
 from diffusion_opt.caching.region.slots import Slot
 
 
@@ -46,6 +47,15 @@ class Choice:
     probed: Bool[Tensor, " a"] | None = None
 
 
+class PassDone(Protocol):
+    """What a policy is told of a pass that was made."""
+
+    step: int
+    num_computed: int
+    num_tokens: int
+    reason: str
+
+
 class Policy(Protocol):
     """Chooses the tokens of each pass."""
 
@@ -62,6 +72,21 @@ class Policy(Protocol):
     def judge(self, choice: Choice, new: Float[Tensor, "b a k"], old: Float[Tensor, "b a k"]) -> bool:
         """Whether the velocities of a partial pass say that it must be done in full."""
         ...
+
+    def remedy(self, passes: Sequence[PassDone]) -> str | None:
+        """What to change if these passes of a generation computed all tokens; None if they need not have saved any."""
+        ...
+
+
+def saved_nothing(passes: Sequence[PassDone]) -> bool:
+    """Whether a generation of several passes computed every token in all of them."""
+    return len(passes) > 1 and all(done.num_computed >= done.num_tokens for done in passes)
+
+
+def never_partial(passes: Sequence[PassDone], refresh_every: int) -> bool:
+    """Whether a policy that computes all tokens at every `refresh_every`-th step (0: at the first) came to no other."""
+    steps = max(done.step for done in passes) + 1
+    return refresh_every == 1 or steps < 2
 
 
 class _NoJudge:
@@ -85,9 +110,16 @@ class Streaming:
     slot_per_step = True
 
     def __init__(
-        self, threshold: float, ring: int, refresh_every: int, probe: float, alarm: float, generator: torch.Generator
+        self,
+        threshold: float | None,
+        ring: int,
+        refresh_every: int,
+        probe: float,
+        alarm: float,
+        generator: torch.Generator,
     ) -> None:
         self.threshold, self.ring, self.refresh_every = threshold, ring, refresh_every
+        self.measured = 0.0  # what stands in for a threshold that was not given
         self.probe, self.alarm, self.generator = probe, alarm, generator
         self._choice: Choice | None = None  # of the generation under way
         self._partial_frames = 0  # since the last full one
@@ -117,13 +149,24 @@ class Streaming:
             return Choice(None, "refresh")
         changed = seen.mask
         if changed is None:
-            changed = change_scores(seen.tokens, seen.slot.tokens) > self.threshold
+            threshold = self.measured if self.threshold is None else self.threshold
+            changed = change_scores(seen.tokens, seen.slot.tokens) > threshold
         active = dilate(changed, seen.positions, self.ring)
         if not bool(active.any()):
             return Choice(active.nonzero()[:, 0], "nothing changed")
         probed = self._draw(~active)
         choice = rounded(active | probed, seen.positions, "changed")
         return choice if choice.index is None else Choice(choice.index, choice.reason, probed[choice.index])
+
+    def remedy(self, passes: Sequence[PassDone]) -> str | None:
+        """A frame in which too much had changed is suspicious if it is the first that could have saved anything."""
+        if not passes or passes[0].reason != "changed: too many":
+            return None
+        used = self.measured if self.threshold is None else self.threshold
+        return (
+            f"more than {FULL_ABOVE:.0%} of the tokens changed by more than {used:g}. If less of the picture moved, "
+            "the VAE spreads a change over all of it: give StreamingRegionCache a threshold, .01 for a start"
+        )
 
     def _draw(self, idle: Bool[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """A random share of the inactive tokens."""
@@ -152,6 +195,13 @@ class Masked(_NoJudge):
             return Choice(None, seen.missing or "refresh")
         return rounded(dilate(seen.mask, seen.positions, self.ring), seen.positions, "mask")
 
+    def remedy(self, passes: Sequence[PassDone]) -> str | None:
+        if not saved_nothing(passes) or self.refresh_every == 1:
+            return None
+        if never_partial(passes, self.refresh_every):
+            return "a run of one step is a refresh; edit in two or more"
+        return f"the region, with its neighbors, is more than {FULL_ABOVE:.0%} of the picture; mark less"
+
 
 class Changing(_NoJudge):
     """See above."""
@@ -170,3 +220,8 @@ class Changing(_NoJudge):
         scores = change_scores(seen.tokens, seen.slot.tokens)
         nobody = torch.zeros_like(scores, dtype=torch.bool)
         return Choice(fill_bucket(nobody, scores, round(self.share * len(scores))), "moved most")
+
+    def remedy(self, passes: Sequence[PassDone]) -> str | None:
+        if not saved_nothing(passes) or self.refresh_every == 1 or self.share == 1:
+            return None
+        return "a run of one step has none to take tokens from"

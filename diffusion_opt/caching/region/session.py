@@ -7,30 +7,46 @@ transformer as ever and gets the velocity of all tokens back:
     v = slot velocity, with the computed tokens replaced
 
 Slots are keyed by context ("cond", "uncond", or the order of passes that nobody named) and step. What makes them
-invalid is checked at each pass: another condition, size, type or device, another schedule (time of the step), other
-weights or LoRA scales (at the start of a generation). A generation starts when time rises, returns to where it began,
-or a pipeline call has ended. In doubt everything is computed. `attach` puts hook and attention processors in place,
-`detach` takes every trace away.
+invalid is checked at each pass: another condition, size, type or device, another schedule (time of the step), another
+network (`network.py`: at the start of a generation), and another frame: all slots that a generation uses must have
+been brought up to date by the same earlier one, so what a canceled frame left undone is computed in full. Generations
+are told apart as step caches tell them (`generation.py`), and each thread has slots of its own. In doubt everything is
+computed.
+`attach` puts hook and attention processors in place, `detach` takes every trace away.
 """
 
+import copy
+import threading
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers.hooks import HookRegistry
+from diffusers import DiffusionPipeline
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from diffusion_opt.caching.region.attention import Board, exchange_processors
+from diffusion_opt.caching.region.attention import Board, Exchanged
 from diffusion_opt.caching.region.detect import bucket_size
 from diffusion_opt.caching.region.families import Call, Family, Forward, Velocity, family_of
 from diffusion_opt.caching.region.policy import Choice, Policy, Seen
 from diffusion_opt.caching.region.slots import LayerSlot, Precision, Slot, check_precision
-from diffusion_opt.caching.step.generation import DEFAULT_CONTEXT
-from diffusion_opt.caching.step.hooks import InstanceHook, PassNames, arguments_of, hook_on, remove_hook
+from diffusion_opt.caching.step.generation import Generation, Moment
+from diffusion_opt.caching.step.hooks import (
+    InstanceHook,
+    PassNames,
+    arguments_of,
+    check_removable,
+    hook_on,
+    put_hook,
+    remove_hook,
+)
+from diffusion_opt.caching.step.network import NetworkState
+from diffusion_opt.caching.step.running import Whereabouts
 from diffusion_opt.caching.step.stack import COMPILED_HOOK_NAME, REGION_HOOK_NAME
+from diffusion_opt.models.block_stack import block_stack
+
+Kind = TypeVar("Kind", bound=Policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +79,58 @@ class RegionReport:
         return f"{self.work:.0%} of the tokens computed, slots {self.slot_bytes / 1e6:.1f} MB [{steps}]"
 
 
+class _Memory(threading.local):
+    """What one thread keeps."""
+
+    def __init__(self) -> None:
+        self.policy: Policy | None = None
+        self.slots: dict[tuple[str, int], Slot] = {}
+        self.passes: list[RegionPass] = []
+        self.conditions: dict[str, dict[str, Any]] = {}
+        self.network: NetworkState | None = None
+        self.at: Generation | None = None  # None: no generation is under way
+        self.number = 0  # of the generation under way
+        self.source: int | None = None  # the generation whose slots this one uses, from its first pass on
+
+
 class RegionSession:
-    """State of the region cache on one transformer."""
+    """State of the region cache on one transformer. The thread that makes it uses the policy given, others a copy."""
 
     def __init__(self, family: Family, policy: Policy, precision: Precision = "native", offload: bool = False) -> None:
         check_precision(precision)
-        self.family, self.policy = family, policy
+        self.family = family
         self.precision, self.offload = precision, offload
         self.board = Board()
         self.mask: Bool[Tensor, " n"] | None = None
-        self.slots: dict[tuple[str, int], Slot] = {}
-        self.passes: list[RegionPass] = []
-        self._conditions: dict[str, dict[str, Any]] = {}
-        self._weights: tuple = ()
-        self._counts: dict[str, int] = {}  # passes of the generation under way by context; empty: none under way
-        self._start = self._time = 0.0
+        self.last_report = RegionReport((), 0)
+        self._fresh_policy = copy.deepcopy(policy)
+        self._memory = _Memory()
+        self._memory.policy = policy
+        self._warned = False
 
-    def run(self, forward: Forward, call: Call, context: str) -> Any:
+    @property
+    def policy(self) -> Policy:
+        """The policy of this thread."""
+        if self._memory.policy is None:
+            self._memory.policy = copy.deepcopy(self._fresh_policy)
+        return self._memory.policy
+
+    @property
+    def slots(self) -> dict[tuple[str, int], Slot]:
+        """The slots of this thread."""
+        return self._memory.slots
+
+    @property
+    def passes(self) -> list[RegionPass]:
+        """The passes of this thread's last generation, or of the one under way."""
+        return self._memory.passes
+
+    def run(self, forward: Forward, call: Call, moment: Moment) -> Any:
         """One call of the transformer. Raises ValueError for arguments the family cannot split into tokens."""
         self.family.check(call)
-        tokens = self.family.tokens(call)
-        missing = self._follow(context, float(call["timestep"].max()))
-        step = self._counts[context] - 1
+        tokens, context = self.family.tokens(call), moment.context
+        missing = self._follow(moment)
+        step = len(self._memory.at.passes[context])
         missing = self._forget_other_conditions(context, call) or missing
         slot, missing = self._find(context, step, tokens, call["timestep"], missing)
         mask = self._mask_for(tokens)
@@ -92,24 +138,39 @@ class RegionSession:
         if slot is None and choice.index is not None:  # a step that earlier generations did not have
             choice = Choice(None, missing)
         velocity, num_computed, reason = self._compute(forward, call, tokens, slot, choice, (context, step))
+        self.slots[self._key(context, step)].number = self._memory.number
+        self._memory.at.passes[context].append((moment.time, num_computed > 0))
         self.passes.append(RegionPass(context, step, num_computed, tokens.shape[1], reason))
         return self.family.output(call, velocity)
 
     def end_generation(self) -> None:
         """The next pass begins a new generation. Slots of a policy that keeps none for it are dropped."""
-        self._counts = {}
+        memory = self._memory
+        if memory.at is not None:
+            self.last_report = self.report()
+            self._conclude()
+        memory.at = None
         if not self.policy.slot_per_step:
             self.slots.clear()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.end_generation()
+        """Forget everything that this thread has kept."""
+        self._memory.at = None
         self.slots.clear()
-        self._conditions.clear()
+        self._memory.conditions.clear()
 
     def report(self) -> RegionReport:
-        """Of the last generation, or of the one under way."""
+        """Of this thread's last generation, or of the one under way; where it had none, of the last of any thread."""
+        if not self.passes:
+            return self.last_report
         return RegionReport(tuple(self.passes), sum(slot.bytes for slot in self.slots.values()))
+
+    def _conclude(self) -> None:
+        """Warn, once, if nothing was saved where something should have been."""
+        remedy = self.policy.remedy(self.passes)
+        if remedy is not None and not self._warned:
+            self._warned = True
+            warnings.warn(f"the region cache computed every token of every pass: {remedy}", UserWarning, stacklevel=2)
 
     def _compute(
         self,
@@ -153,29 +214,28 @@ class RegionSession:
         finally:
             self.board.layers = self.board.rows = None
 
-    def _follow(self, context: str, time: float) -> str:
-        """Count the pass; the reason to drop all slots if a new generation with other weights begins, else ""."""
-        back_at_start = time == self._start and self._counts.get(context)
-        missing = ""
-        if not self._counts or time > self._time or back_at_start:
+    def _follow(self, moment: Moment) -> str:
+        """Note the pass; the reason to drop all slots if a new generation with another network begins, else ""."""
+        memory, missing = self._memory, ""
+        if memory.at is None or not memory.at.goes_on_with(moment):
             self.end_generation()
             self.policy.begin()
-            self.passes, self._start = [], time
-            weights = _weights(self.family.module)
-            if self._weights and weights != self._weights:
+            memory.passes, memory.at, memory.source = [], Generation.beginning(moment), None
+            memory.number += 1
+            network = NetworkState(self.family.module)
+            if memory.network is not None and network != memory.network:
                 self.slots.clear()
                 missing = "other weights"
-            self._weights = weights
-        self._time = time
-        self._counts[context] = self._counts.get(context, 0) + 1
+            memory.network = network
+        memory.at.note(moment)
         return missing
 
     def _forget_other_conditions(self, context: str, call: Call) -> str:
-        condition = self.family.condition(call)
-        known = self._conditions.get(context)
+        condition, conditions = self.family.condition(call), self._memory.conditions
+        known = conditions.get(context)
         if known is not None and all(_same(condition[name], known[name]) for name in condition):
             return ""
-        self._conditions[context] = {name: _kept(value) for name, value in condition.items()}
+        conditions[context] = {name: _kept(value) for name, value in condition.items()}
         for key in [key for key in self.slots if key[0] == context]:
             del self.slots[key]
         return "" if known is None else "other condition"
@@ -186,9 +246,13 @@ class RegionSession:
             return None, missing or "nothing stored"
         if (slot.tokens.shape, slot.tokens.dtype, slot.tokens.device) != (tokens.shape, tokens.dtype, tokens.device):
             return None, "other size or type"
-        if self.policy.slot_per_step and not _same(slot.timestep, timestep):
+        if not self.policy.slot_per_step:
+            return slot, ""
+        if not _same(slot.timestep, timestep):
             return None, "other schedule"
-        return slot, ""
+        if self._memory.source is None:
+            self._memory.source = slot.number
+        return (slot, "") if slot.number == self._memory.source else (None, "other frame")
 
     def _key(self, context: str, step: int) -> tuple[str, int]:
         return context, step if self.policy.slot_per_step else 0
@@ -212,22 +276,17 @@ def _same(one: Any, other: Any) -> bool:
     return one == other
 
 
-def _weights(module: nn.Module) -> tuple:
-    """Changes when a parameter is replaced or written to, or the scale of an adapter is set."""
-    versions = tuple((id(p), -1 if p.is_inference() else p._version) for p in module.parameters())
-    scales = tuple(tuple(m.scaling.items()) for m in module.modules() if isinstance(getattr(m, "scaling", None), dict))
-    return versions, scales
-
-
 class _RegionHook(InstanceHook):
     """In place of the transformer's forward."""
 
     _is_stateful = True
 
-    def __init__(self, session: RegionSession, restore: Callable[[], None]) -> None:
+    def __init__(self, session: RegionSession, pipe: DiffusionPipeline | None, processors: Exchanged) -> None:
         super().__init__()
-        self.session, self.restore = session, restore
+        self.session, self.processors = session, processors
         self.names = PassNames()
+        self._whereabouts = Whereabouts(pipe)
+        self._stack = block_stack(session.family.module)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = self.fn_ref.original_forward
@@ -238,8 +297,11 @@ class _RegionHook(InstanceHook):
                 )
             return forward(*args, **kwargs)
         call = arguments_of(module, args, kwargs)
-        name = self.names.identify(float(call["timestep"].max()), call["hidden_states"])["context"]
-        return self.session.run(forward, call, name or DEFAULT_CONTEXT)
+        time, sample = float(call["timestep"].max()) / self._stack.timestep_scale, call["hidden_states"]
+        running = self._whereabouts.of(module, lambda: time)
+        seen = self.names.identify(time if running is None else running.time, sample)
+        moment = Moment.of(seen["context"], seen["time"], seen["step"], running, sample=sample)
+        return self.session.run(forward, call, moment)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """A pipeline call has ended."""
@@ -249,9 +311,16 @@ class _RegionHook(InstanceHook):
 
 
 def attach(
-    transformer: nn.Module, policy: Policy, precision: Precision = "native", offload: bool = False
+    transformer: nn.Module,
+    policy: Policy,
+    precision: Precision = "native",
+    offload: bool = False,
+    pipe: DiffusionPipeline | None = None,
 ) -> RegionSession:
-    """Put the region cache on a transformer. Raises ValueError, saying why, where it cannot be."""
+    """Put the region cache on a transformer. Raises ValueError, saying why, where it cannot be.
+
+    `pipe` is what loops without a pipeline are asked for (`step/running.py`).
+    """
     family = family_of(transformer)
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("diffusers' own cache is enabled on this transformer: call transformer.disable_cache() first")
@@ -259,10 +328,8 @@ def attach(
     if clash := [name for name in taken if name.endswith("_cache") or name == COMPILED_HOOK_NAME]:
         raise ValueError(f"there is a cache on this transformer already ({clash[0]}): remove it first")
     session = RegionSession(family, policy, precision, offload)
-    restore = exchange_processors(family.attentions(), session.board)
-    HookRegistry.check_if_exists_or_initialize(transformer).register_hook(
-        _RegionHook(session, restore), REGION_HOOK_NAME
-    )
+    processors = Exchanged(family.attentions(), session.board)
+    put_hook(transformer, _RegionHook(session, pipe, processors), REGION_HOOK_NAME)
     transformer._diffusers_hook.invalidate_child_registries_cache()
     return session
 
@@ -271,10 +338,10 @@ def _hook_on(transformer: nn.Module) -> _RegionHook | None:
     return hook_on(transformer, REGION_HOOK_NAME)
 
 
-def has_session(transformer: nn.Module, policy: type) -> bool:
-    """Whether there is a region cache with this kind of policy on a transformer."""
+def policy_of(transformer: nn.Module, kind: type[Kind]) -> Kind | None:
+    """The policy of this thread in the region cache on a transformer, if it is of this kind."""
     hook = _hook_on(transformer)
-    return hook is not None and isinstance(hook.session.policy, policy)
+    return hook.session.policy if hook is not None and isinstance(hook.session.policy, kind) else None
 
 
 def attached_session(transformer: nn.Module) -> RegionSession:
@@ -288,7 +355,13 @@ def attached_session(transformer: nn.Module) -> RegionSession:
 
 
 def detach(transformer: nn.Module) -> None:
-    """Take the region cache off again. Raises ValueError if there is none."""
+    """Take the region cache off again.
+
+    Raises ValueError, before anything is touched, if there is none, or if something was put over it since.
+    """
     attached_session(transformer)
-    hook_on(transformer, REGION_HOOK_NAME).restore()
+    processors = hook_on(transformer, REGION_HOOK_NAME).processors
+    processors.check()
+    check_removable(transformer, REGION_HOOK_NAME)
+    processors.restore()
     remove_hook(transformer, REGION_HOOK_NAME)

@@ -119,6 +119,7 @@ class Slot:
     timestep: Tensor  # as the transformer was given it
     tokens: Float[Tensor, "b n c"] | None = None  # model input; each token as it was when last computed
     velocity: Float[Tensor, "b n k"] | None = None  # model output of each token, from the same pass
+    number: int = 0  # of the generation that last brought it up to date
 
     @property
     def bytes(self) -> int:

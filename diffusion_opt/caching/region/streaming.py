@@ -18,7 +18,9 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.caching.region.source import check_pipeline, encode, noised, schedule
+from diffusion_opt.caching.region.policy import Streaming
+from diffusion_opt.caching.region.session import policy_of
+from diffusion_opt.caching.region.source import encode, from_pictures, noised, schedule, vae_spread
 
 
 def stream(
@@ -34,15 +36,18 @@ def stream(
     """Images in [0, 1] for source frames in [-1, 1], one by one; `prompt` is a list with one entry for each of a batch.
 
     `steps` is the number of network evaluations of a frame, from `strength` down; `guidance_scale` None is the
-    pipeline's own. Raises ValueError for a pipeline that is not FLUX.2 klein's, or a strength outside (0, 1].
+    pipeline's own. Raises ValueError for a pipeline that is not FLUX.2's, or a strength outside (0, 1].
     """
-    check_pipeline(pipe)
+    pipe = from_pictures(pipe)
     noise = None
     for frame in frames:
         clean = encode(pipe, frame)
         if noise is None or noise.shape != clean.shape:
             noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
-        plan = schedule(pipe, steps, strength, num_tokens=clean[0, 0].numel())
+            plan = schedule(pipe, steps, strength, num_tokens=clean[0, 0].numel())
+            policy = policy_of(pipe.transformer, Streaming)
+            if policy is not None and policy.threshold is None:
+                policy.measured = vae_spread(pipe, frame.to(clean), noise, plan.times[0])
         guided = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
         yield pipe(
             prompt=prompt,

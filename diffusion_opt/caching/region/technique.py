@@ -10,15 +10,15 @@ Each is applied to a diffusers pipeline with a FLUX.2, LTX-2, LTX-Video or Wan t
 trace. All but the first live within one generation and need one slot a context; streaming needs one for each step too
 (`planner.py` says what that takes). The settings round-trip through JSON.
 
-They have no names in `recipes.TECHNIQUES`. A recipe makes a plain generation cheaper, whereas each of these waits for a
-call of its own kind: frames, a mask, reference pictures, a video. The one that takes plain generation is no gain.
+In a recipe they exclude step caches, guidance caches and compiled schedules: those take whole passes. Each waits for a
+call of its own kind (frames, a mask, reference pictures, a video); the one that takes plain generation is no gain.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from diffusion_opt.caching.region.chunks import Chunks, References
 from diffusion_opt.caching.region.policy import Changing, Masked, Policy, Streaming
 from diffusion_opt.caching.region.session import RegionReport, attach, attached_session, detach
 from diffusion_opt.caching.region.slots import Precision, check_precision
+from diffusion_opt.caching.step.technique import check_one_transformer
 
 
 class RegionTechnique(ABC):
@@ -48,12 +49,15 @@ class RegionTechnique(ABC):
         """Put the cache on the pipeline's transformer and return the pipeline.
 
         Raises ValueError if there is not exactly one transformer, its class is unknown, its attention processors are
-        not the stock ones, or it has a cache.
+        not the stock ones, it has a cache, or the pipeline makes no calls of the kind that the cache is for.
         """
-        if getattr(pipe, "transformer_2", None) is not None:
-            raise ValueError(f"the region cache serves pipelines with one transformer, {type(pipe).__name__} has two")
-        attach(pipe.transformer, self.policy(), self.precision, self.offload)
+        check_one_transformer(pipe, "region caches")
+        self.check(pipe)
+        attach(pipe.transformer, self.policy(), self.precision, self.offload, pipe)
         return pipe
+
+    def check(self, pipe: DiffusionPipeline) -> None:  # noqa: B027
+        """Raise ValueError for a pipeline that this cache cannot be meant for; most are meant for all."""
 
     def remove(self, pipe: DiffusionPipeline) -> None:
         """Take the cache off again. Raises ValueError if there is none."""
@@ -77,9 +81,14 @@ def _check_share(name: str, share: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StreamingRegionCache(RegionTechnique):
-    """Technique: frame after frame with the same prompt and noise, only changed tokens are computed."""
+    """Technique: frame after frame with the same prompt and noise, only changed tokens are computed.
 
-    threshold: float = 0.0  # relative change of a token's input that counts; 0: any
+    Through a real VAE the change of one corner is a small change of the whole picture: its norms see all of it. So
+    `stream` measures what such a change does to far tokens, once, and what is no larger does not count (`vae_spread`).
+    A VAE that is local, as the shipped one, spreads nothing, and any change counts.
+    """
+
+    threshold: float | None = None  # relative change of a token's input that counts; None: as `stream` measures it
     ring: int = 1  # neighbors of changed tokens, in tokens
     refresh_every: int = 0  # a full frame after so many; 0: only when needed
     probe: float = 0.1  # share of the unchanged tokens computed too, as a check
@@ -91,8 +100,10 @@ class StreamingRegionCache(RegionTechnique):
     def __post_init__(self) -> None:
         _check(self, ring=0, refresh_every=0)
         _check_share("probe", self.probe)
-        if self.threshold < 0 or self.alarm <= 0:
-            raise ValueError(f"threshold must be 0 or more and alarm above 0, got {self.threshold} and {self.alarm}")
+        if (self.threshold is not None and self.threshold < 0) or self.alarm <= 0:
+            raise ValueError(
+                f"threshold must be 0 (any change) or more, and alarm above 0, got {self.threshold} and {self.alarm}"
+            )
 
     def policy(self) -> Policy:
         generator = torch.Generator().manual_seed(self.seed)
@@ -154,6 +165,14 @@ class ReferenceRegionCache(RegionTechnique):
 
     def __post_init__(self) -> None:
         _check(self, refresh_every=0)
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Raise ValueError unless pictures can stand beside the one that is made, as in FLUX.2."""
+        if not isinstance(pipe.transformer, Flux2Transformer2DModel):
+            raise ValueError(
+                f"reference pictures are a thing of FLUX.2, and {type(pipe.transformer).__name__} has none: the later "
+                "frames of a video are no references. ChunkRegionCache decides frame by frame"
+            )
 
     def policy(self) -> Policy:
         return References(self.refresh_every)

@@ -26,6 +26,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+NO_COPY = (
+    "a transformer with a cache cannot be deep-copied: diffusers' hooks would run the blocks of the original; "
+    "remove the cache, copy, and apply it to the copy"
+)
+
+
 @contextmanager
 def cache_context(
     transformer: nn.Module, name: str, step_index: int | None = None, num_inference_steps: int | None = None
@@ -98,10 +104,7 @@ class InstanceHook(ModelHook):
     installed: Any = None
 
     def __deepcopy__(self, memo: dict) -> "InstanceHook":
-        raise ValueError(
-            "a transformer with a cache cannot be deep-copied: diffusers' hooks would run the blocks of the original; "
-            "remove the cache, copy, and apply it to the copy"
-        )
+        raise ValueError(NO_COPY)
 
 
 def hook_on(module: object, name: str) -> ModelHook | None:

@@ -7,7 +7,7 @@ A technique is a rule's settings and the name of a predictor; `rule` makes the r
 from abc import ABC, abstractmethod
 from typing import get_args
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2KleinKVPipeline
 
 from diffusion_opt.caching.step.predictors import PREDICTORS, PredictorName
 from diffusion_opt.caching.step.stack import StackCut, attached_cut, check_can_cut
@@ -49,14 +49,22 @@ class StepCacheTechnique(ABC):
         cut.detach(pipe.transformer)
 
 
-def check_one_transformer(pipe: DiffusionPipeline) -> None:
-    """Raise ValueError unless one transformer makes all steps: Wan 2.2 hands over to a second one midway."""
+def check_one_transformer(pipe: DiffusionPipeline, caches: str = "step caches") -> None:
+    """Raise ValueError unless one transformer makes all steps, and makes them whole.
+
+    Wan 2.2 hands over to a second one midway. `Flux2KleinKVPipeline` has a cache of its own in its weights.
+    """
     if getattr(pipe, "transformer", None) is None:
-        raise ValueError(f"step caches act on a pipeline's transformer, and {type(pipe).__name__} has none")
+        raise ValueError(f"{caches} act on a pipeline's transformer, and {type(pipe).__name__} has none")
+    if isinstance(pipe, Flux2KleinKVPipeline):
+        raise ValueError(
+            f"{type(pipe).__name__} keeps keys and values of its references from the first step on, by weights that "
+            f"were trained for it, and {caches} do not go with that: use Flux2KleinPipeline"
+        )
     if getattr(pipe, "transformer_2", None) is not None:
         raise ValueError(
             f"this {type(pipe).__name__} has two transformers, each for a part of the steps, and what one computed "
-            "cannot stand in for the other: step caches serve pipelines with one"
+            f"cannot stand in for the other: {caches} serve pipelines with one"
         )
 
 

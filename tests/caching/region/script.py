@@ -1,12 +1,12 @@
 """A policy that does what it is told, for tests of what carries it out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from diffusion_opt.caching.region.policy import Choice, Seen
+from diffusion_opt.caching.region.policy import Choice, PassDone, Seen
 from diffusion_opt.caching.region.session import RegionSession, attach, detach
 
 
@@ -29,6 +29,9 @@ class Script:
 
     def judge(self, choice: Choice, new: Tensor, old: Tensor) -> bool:
         return self.alarmed
+
+    def remedy(self, passes: Sequence[PassDone]) -> None:
+        return None
 
 
 @contextmanager
