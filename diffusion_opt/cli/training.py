@@ -75,6 +75,17 @@ def distill(
     data_limit: int | None = None,
     classes: tuple[str, ...] = (),
     lora: int | None = None,
+    times: tuple[float, ...] = (),
+    prompts: tuple[str, ...] = (),
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    negative_prompt: str | None = None,
+    latents: Path | None = None,
+    pictures: Path | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    accumulate: int | None = None,
+    shard: bool = False,
     seed: int = 0,
     checkpoint_seconds: float = 60.0,
     out: Path | None = None,
@@ -110,7 +121,8 @@ def distill(
 
     Args:
         steps: of the student; each is one network pass.
-        teacher: shipped name or folder of the teacher.
+        teacher: shipped name, folder or hub name of the teacher: a class-conditional model, or any pipeline of FLUX.2,
+            SD3, Wan, LTX or LTX-2, which needs --prompts.
         method: one of the names above.
         start: student to start from (shipped name or folder); default: the teacher, or what the method needs.
         minutes: training time in all, without trajectories and start; default: the method's own.
@@ -125,7 +137,18 @@ def distill(
         pairs: trajectories to make, for methods that learn from them.
         data_limit: number of training images to use; default: all.
         classes: use images of these classes only.
-        lora: train adapters of this rank only and fold them in at the end.
+        lora: train adapters of this rank only and fold them in at the end; they are also saved by themselves.
+        times: at which the student is trained and sampled, from 1 down, as many as steps; for matching methods.
+        prompts: of a pipeline with prompts: texts, or one FILE with a prompt a line.
+        height: pixels of what the student makes; default: the pipeline's own.
+        width: pixels.
+        num_frames: of a clip.
+        negative_prompt: what stands for no prompt in guidance; default: the empty one.
+        latents: safetensors FILE of real samples, "latents" and "prompts", for methods that learn from pictures.
+        pictures: FOLDER of pictures with captions beside them (cat.png, cat.txt), which are then the prompts.
+        dtype: in which the teacher is opened; auto: as it is stored. Class-conditional models compute in float32.
+        accumulate: micro-batches a step, over all processes.
+        shard: share whole networks in training among the processes.
         seed: of trajectories and batches.
         checkpoint_seconds: time between two checkpoints; 0: after each step.
         out: working folder; default runs/<teacher>-<steps>step-<method>, see the last line of the output.
@@ -137,24 +160,32 @@ def distill(
     device = settle(device, threads)
     from diffusion_opt.distillation.make import StudentPlan, make_student
     from diffusion_opt.distillation.methods import PAIRS, method_named
+    from diffusion_opt.distillation.opening import Samples, open_subject, preset_for
     from diffusion_opt.distillation.starts import pairs_folder, usual_folder, with_start
-    from diffusion_opt.subjects import ClassConditional
     from diffusion_opt.training import process_group
 
     name, chosen = method.replace("-", "_"), method_named(method)
     plan = StudentPlan(teacher, name, steps, guidance, start, None, data_limit, classes, lora)
-    plan = replace(plan, guidance_interval=guidance_interval, fake_updates=fake_updates)
-    subject = ClassConditional.open(teacher, device)
+    plan = replace(plan, guidance_interval=guidance_interval, fake_updates=fake_updates, times=times or None)
+    subject = open_subject(
+        teacher, _texts(prompts), Samples(latents, pictures), device, dtype, guidance_scale=guidance, height=height,
+        width=width, num_frames=num_frames, negative_prompt=negative_prompt,
+    )  # fmt: skip
     plan = plan.settled(subject)
     if pairs is not None or (chosen.pairs and seed):
         number = PAIRS.num_pairs if pairs is None else pairs
         plan = replace(plan, pairs=replace(plan.pair_config, seed=seed, num_pairs=number))
-    config = replace(chosen.presets[steps], seed=seed, clock=clock, precision=precision)
-    config = replace(config, checkpoint_seconds=checkpoint_seconds)
+    config = replace(preset_for(chosen, steps, subject), seed=seed, clock=clock, precision=precision)
+    config = replace(config, checkpoint_seconds=checkpoint_seconds, accumulate=accumulate)
     if minutes is not None or updates is not None:
         config = replace(config, minutes=minutes, steps=updates)
     given = {"batch_size": batch_size, "learning_rate": learning_rate}
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    if shard and lora is not None:
+        raise ValueError("--shard shares whole networks in training; adapters are whole on each process: leave it out")
+    if shard:
+        matched = chosen.kind == "distribution" and name != "ladd"  # whose critic is small
+        config = replace(config, sharded=("student", "fake_score") if matched else ("student",))
     out = out or usual_folder(plan, RUNS, subject)
     writable(out)
     with process_group(device) as among:
@@ -165,6 +196,16 @@ def distill(
         if among.is_main:
             print("stopped; run the same command to go on") if not ready else _say(result, out)
     _end(result.exit_status if ready else 128 + signal.SIGINT)
+
+
+def _texts(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """The prompts, or those of a file that was named in their place, one a line."""
+    if len(prompts) != 1 or not Path(prompts[0]).is_file():
+        return prompts
+    lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+    if not (texts := tuple(line.strip() for line in lines if line.strip())):
+        raise ValueError(f"--prompts {prompts[0]} is a file without a line of text")
+    return texts
 
 
 def _end(status: int) -> None:

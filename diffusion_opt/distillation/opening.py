@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_opt.datasets import read_json
 from diffusion_opt.distillation.methods import Method
 from diffusion_opt.models import TinyFlux2Pipeline, load
+from diffusion_opt.models.zoo import locate
 from diffusion_opt.subjects import ClassConditional, PromptedPipeline, Run, Subject
 from diffusion_opt.subjects.real_samples import captioned, encoded, latents_of
 from diffusion_opt.training import TrainConfig
@@ -43,14 +45,13 @@ def open_subject(
     Raises ValueError for prompts, samples or sizes given to a class-conditional teacher, and for a pipeline without
     prompts; and as `ClassConditional` and `PromptedPipeline` do.
     """
-    pipe = load(teacher, dtype=dtype)
-    if isinstance(pipe, TinyFlux2Pipeline):
-        sizes = [name for name, value in asked.items() if value not in (None, {}, 1)]
+    if class_of(teacher) == TinyFlux2Pipeline.__name__:
+        sizes = [name for name, value in asked.items() if name != "guidance_scale" and value not in (None, {})]
         given = ["prompts"] * bool(prompts) + ["samples"] * (samples != Samples()) + sizes
         if given:
             raise ValueError(f"{teacher} has classes and a size of its own: leave out {', '.join(given)}")
         return ClassConditional.open(teacher, device)
-    data = None
+    pipe, data = load(teacher, dtype=dtype), None
     if samples.pictures is not None:
         paths, captions = captioned(samples.pictures)
         if prompts:
@@ -64,6 +65,14 @@ def open_subject(
         data = latents_of(samples.latents, prompts)
     run = Run(prompts, **{name: value for name, value in asked.items() if value is not None})
     return PromptedPipeline(pipe, run, name=teacher, data=data, device=device)
+
+
+def class_of(teacher: str) -> str:
+    """The pipeline's class, as its folder says. Raises FileNotFoundError for a folder without a pipeline."""
+    index = locate(teacher) / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{index.parent} is not a diffusers pipeline: it has no model_index.json")
+    return str(read_json(index, "restore it with git or download it anew").get("_class_name"))
 
 
 def preset_for(method: Method, steps: int, subject: Subject) -> TrainConfig:

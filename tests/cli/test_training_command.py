@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_pipelines import small_pipeline
+from tiny_pipelines import tiny_pipeline
 
 from diffusion_opt.cli import main
 from diffusion_opt.cli.training import distill
@@ -110,6 +111,60 @@ def test_nothing_follows_a_start_that_was_interrupted(
     assert stop.value.code == 130
     assert capsys.readouterr().out.endswith("stopped; run the same command to go on\n")
     assert not Path("runs/small-1step-dmd2/pipeline").exists()
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan"
+    tiny_pipeline("wan").save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_pipeline_with_prompts_by_the_same_command(
+    wan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat\n\na dog in the rain\n")
+    command = ["distill", "--teacher", wan, "--method", "dmd2", "--steps", "2", "--times", "1", "0.6", "--lora", "2"]
+    command += ["--updates", "2", "--batch-size", "2", "--guidance", "5", "--threads", "1"]
+    with pytest.raises(SystemExit):
+        main([*command])
+    assert "tiny-wan has no classes of its own: give prompts" in capsys.readouterr().err
+    command += ["--prompts", "prompts.txt", "--height", "32", "--width", "32", "--num-frames", "9"]
+    main(command)
+    assert "pipeline in runs/tiny-wan-2step-dmd2/pipeline" in capsys.readouterr().out
+    student = load(Path("runs/tiny-wan-2step-dmd2/pipeline"))
+    assert student.scheduler.config.ladders == [[1.0, 0.6]]
+    assert Path("runs/tiny-wan-2step-dmd2/lora/pytorch_lora_weights.safetensors").is_file()
+    with pytest.raises(SystemExit):
+        main([*command, "--height", "64"])
+    assert "holds a student whose teacher is" in capsys.readouterr().err
+
+
+def test_a_class_conditional_teacher_refuses_prompts(teacher: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["distill", "--teacher", teacher, "--steps", "1", "--prompts", "a cat", "--height", "64"])
+    assert "has classes and a size of its own: leave out prompts, height" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_share_the_networks_of_a_pipeline(wan: str, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "diffusion_opt.cli", "distill", "--teacher", wan, "--steps", "1", "--method", "dmd2", "--shard"]
+    command += ["--prompts", "a cat", "a dog", "--height", "32", "--width", "32", "--num-frames", "9"]
+    done = subprocess.run(
+        [*launch, *command, "--updates", "2", "--batch-size", "2", "--accumulate", "2", "--device", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "runs/tiny-wan-1step-dmd2"
+    assert len(list((out / "checkpoint" / "shards").glob("*.safetensors"))) == 2
+    assert load(out / "pipeline").scheduler.config.ladders == [[1.0]]
 
 
 @pytest.mark.slow
