@@ -1,7 +1,7 @@
 """Write constraints.txt: the exact version of every package that the project needs, read off this environment.
 
 pyproject.toml says which versions are acceptable; constraints.txt says which ones were tested together. The second
-follows from the first: start at the project's requirements (with the extras `lab` and `test`), walk the requirements
+follows from the first: start at the project's requirements (with all extras), walk the requirements
 of each installed package, and note each version met. The file holds no address and no hash, so it works with any
 package index, mirror or folder of wheels, and pip accepts the CPU build of torch where the pin says `torch==2.13.0`.
 
@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("lab", "test")
+EXTRAS = ("lab", "plots", "logs", "rivals", "test")
 KEPT_NVIDIA = {"nvidia-modelopt", "nvidia-ml-py"}
 REQUIREMENT = re.compile(r"^\s*(?P<name>[A-Za-z0-9][\w.-]*)\s*(?:\[(?P<extras>[^\]]*)\])?[^;]*(?:;(?P<marker>.*))?$")
 

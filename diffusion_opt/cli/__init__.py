@@ -33,10 +33,8 @@ class Command:
 _CLI = "diffusion_opt.cli."
 COMMANDS = {
     "doctor": Command(_CLI + "demo:doctor", "", "what this machine has, and what will be slow on it"),
-    "demo": Command(_CLI + "demo:demo", "", "the ladder: every technique on the shipped model, measured in one run"),
+    "demo": Command(_CLI + "demo:demo", "", "every technique on the shipped model, measured"),
     "generate": Command(_CLI + "generate:generate", "MODEL", "pictures or clips"),
-    "plan": Command(_CLI + "plan:plan", "MODEL", "bytes and arithmetic, before a weight is loaded"),
-    "measure": Command(_CLI + "measure:measure", "MODEL", "speed, cost, memory, and what judges say"),
     "cache calibrate": Command(_CLI + "cache:calibrate", "MODEL", "what TeaCache, MagCache and step tables need"),
     "cache search": Command(_CLI + "cache:search", "MODEL", "which steps to compute, for each budget"),
     "cache compare": Command(_CLI + "cache:compare", "MODEL", "every cache beside running fewer steps"),
@@ -49,7 +47,7 @@ COMMANDS = {
 SECTIONS = {
     "Start here": ("doctor", "demo"),
     "With any pipeline (MODEL: a shipped name, a folder, or a name of the hub)": (
-        "generate", "plan", "measure", "cache calibrate", "cache search", "cache compare", "quantize",
+        "generate", "cache calibrate", "cache search", "cache compare", "quantize",
     ),
     "Make models": ("distill", "train"),
     "Look inside": ("kernels report", "kernels explain"),
@@ -123,21 +121,23 @@ def _parsed(prog: str, call: Callable[..., None], arguments: list[str]) -> Calla
     """The call with its options, still to be made. Raises ValueError, in one line, for options it does not take."""
     import tyro
 
-    said = io.StringIO()
+    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # tyro draws its frames by what the stream can hold
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(_deferred(call), prog=prog, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as end:
         if end.code in (None, 0):  # help, on standard output
             raise
-        raise ValueError(f"{_first_words(said.getvalue())}; see `{prog} --help`") from None
+        raise ValueError(f"{_first_words(said)}; see `{prog} --help`") from None
 
 
-def _first_words(box: str) -> str:
+def _first_words(said: io.TextIOWrapper) -> str:
     """What tyro's framed message says before its first rule, and the options that it thinks were meant."""
-    lines = [line.strip("│╭╰╮╯ ") for line in box.splitlines()]
+    said.seek(0)
+    framed = [line.strip("│╰╯ \n") for line in said if line.strip()]
+    lines = framed[1:]  # the first holds the title, in the frame's upper edge
     rules = [place for place, line in enumerate(lines) if line and set(line) == {"─"}] or [len(lines)]
-    text = " ".join(line for line in lines[1 : rules[0]] if line)
+    text = " ".join(line for line in lines[: rules[0]] if line)
     text = text.partition(" Got errors")[0].replace("no type matching {None}|", "no ").rstrip(". ")
     if "invalid choice" in text:
         got = re.search(r"choice '([^']*)'", text)[1]

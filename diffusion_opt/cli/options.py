@@ -118,7 +118,7 @@ class Asked:
         except ValueError as error:
             raise ValueError(f"--call {self.call} is not JSON: {error}") from error
         if not isinstance(found, dict):
-            raise ValueError(f"--call {self.call} must hold an object, {{\"name of an argument\": value, …}}")
+            raise ValueError(f'--call {self.call} must hold an object, {{"name of an argument": value, …}}')
         for name, value in found.items():
             for path in _paths(name, value):
                 if not (self.call.parent / path).is_file():

@@ -3,25 +3,40 @@
 Values are averaged between two rows. In a run with several networks a value appears only on the steps that train its
 network; it is averaged over those. With several processes the values are those of all of them, and one writes.
 
+TensorBoard is an extra of the package (`logs`); where it is not installed the two others remain.
+
 `metrics.jsonl` is valid JSON, line by line, and tells one story: a run that is resumed first drops a line that a kill
 cut off, and the rows of steps that the checkpoint does not know, which come again. What was averaged since the last
 row is in the checkpoint, so the rows of a resumed run are those of an uninterrupted one. A value that is not finite is
 `null` there, since JSON has no word for it, and a warning says at which step it appeared.
 """
 
+import importlib.util
 import json
 import math
 import time
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tqdm.auto import tqdm
 
 from diffusion_opt.datasets.writing import write_text
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 METRICS = "metrics.jsonl"
+
+
+def _curves(folder: Path, step: int) -> "SummaryWriter | None":
+    """A writer of TensorBoard events from this step on; None where TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 class TrainingLog:
@@ -48,10 +63,8 @@ class TrainingLog:
 
     def __enter__(self) -> Self:
         if self.writes:
-            from torch.utils.tensorboard import SummaryWriter
-
             keep_rows(self.out / METRICS, self.step)
-            self._writer = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
+            self._writer = _curves(self.out / "tensorboard", self.step)
             self._file = (self.out / METRICS).open("a", encoding="utf-8")
         form = "{desc} {percentage:3.0f}% |{bar}| {postfix}"
         self._bar = tqdm(total=1000, desc=self.out.name, bar_format=form, disable=not self.progress)
@@ -61,7 +74,8 @@ class TrainingLog:
         self._bar.close()
         if self.writes:
             self._file.close()
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
 
     def _start(self, step: int) -> None:
         self._values: dict[str, list[float]] = {}
@@ -91,7 +105,7 @@ class TrainingLog:
         if self.writes:
             self._file.write(json.dumps({name: _json(value) for name, value in row.items()}, allow_nan=False) + "\n")
             self._file.flush()
-            for name, value in row.items():
+            for name, value in row.items() if self._writer is not None else ():
                 self._writer.add_scalar(name, value, step)
         left = seconds / max(used, 1e-9) * (1 - used) / 60
         losses = ", ".join(f"{name} {row[name]:.4f}" for name in row if name.endswith("loss"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import diffusion_opt
+from diffusion_opt.cli import COMMANDS, SECTIONS, main
 from diffusion_opt.datasets import data_dir
 from diffusion_opt.quantization.faster.bfloat16 import fast_here
 
@@ -30,11 +33,30 @@ def one_line_refusal(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
-def test_help_names_every_command() -> None:
+def test_the_overview_names_every_command_and_fits_a_screen() -> None:
     done = run("--help")
-    assert done.returncode == 0
-    for command in ("doctor", "demo", "train", "distill"):
-        assert command in done.stdout
+    assert done.returncode == 0 and done.stdout == run().stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 35 and all(len(line) <= 92 for line in lines)
+    for command in COMMANDS:
+        assert f"  {command} " in done.stdout
+    assert [name for names in SECTIONS.values() for name in names] == [
+        name for name in COMMANDS if name in done.stdout
+    ], "each has its place"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_where_it_is_said_to_be_and_explains_its_options_once(command: str, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--help"])
+    assert end.value.code in (None, 0)
+    said = capsys.readouterr().out
+    assert f"usage: diffusion-opt {command}" in said and "dummy" not in said
+    assert said.count("show this help message and exit") == 1
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"diffusion-opt {diffusion_opt.__version__}\n"
 
 
 def test_help_of_a_command_explains_its_flags() -> None:
@@ -42,6 +64,54 @@ def test_help_of_a_command_explains_its_flags() -> None:
     assert done.returncode == 0
     for flag in ("--samples", "--threads", "--device", "--seed", "--out"):
         assert flag in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("doctr",), r"no command 'doctr' \(did you mean doctor\?\)"),
+        (("cache", "serch"), r"no command 'cache serch' \(did you mean search\?\)"),
+        (("generate", "fashon"), r"unknown model 'fashon' \(did you mean fashion\?\)"),
+        (("generate", "nothing/such/here"), "unknown model"),
+        (("generate", "models/klien"), r"unknown model 'models/klien' \(did you mean klein\?\)"),
+        (("generate", "models"), "models is a folder without a pipeline .*; it holds klein"),
+        (("generate", "models/klein"), "models/klein has no classes of its own to ask for: give --prompts"),
+        (("generate", "fashion", "--stesp", "3"), r"--stesp.*\(did you mean --steps\?\)"),
+        (("generate", "fashion", "--steps", "many"), "--steps: no INT .*'many'"),
+        (("generate", "fashion", "--steps", "0"), "--steps must be at least 1, got 0"),
+        (("generate", "fashion", "--dtype", "bfloat"), r"invalid choice 'bfloat' \(did you mean bfloat16\?\)"),
+        (("generate", "fashion", "--threads", "0"), "--threads must be at least 1, got 0"),
+        (("generate", "fashion", "--call", "no.json"), "--call no.json cannot be read"),
+        (("generate", "fashion", "--call", "bad.json"), "--call bad.json is not JSON"),
+        (("generate", "fashion", "--call", "picture.json"), "image is cat.png, which is not there"),
+        (("generate", "fashion", "--prompts", "empty.txt"), "empty.txt is a file without a line of text"),
+        (("quantize", "fashion", "--format", "nvfp5", "--out", "x"), r"'nvfp5' \(did you mean nvfp4\?\)"),
+    ],
+)
+def test_what_was_mistyped_is_said_in_one_line_before_torch_is_imported(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "models" / "klein").mkdir(parents=True)
+    (tmp_path / "models" / "klein" / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "picture.json").write_text('{"image": "cat.png"}')
+    (tmp_path / "empty.txt").write_text("\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == ""
+    assert re.fullmatch(rf"diffusion-opt: .*{message}.*\n", said.err), said.err
+
+
+@pytest.mark.parametrize("arguments", [("doctr",), ("generate", "fashon"), ("generate", "fashion", "--steps", "0")])
+def test_heavy_libraries_are_not_imported_for_a_mistake(arguments: tuple[str, ...]) -> None:
+    code = (
+        "import sys\nfrom diffusion_opt.cli import main\n"
+        f"try: main({list(arguments)!r})\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'diffusers', 'transformers', 'modelopt') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def pinned_version(requirement: Requirement) -> str:
 
 
 def project_requirements() -> list[Requirement]:
-    optional = PROJECT["optional-dependencies"]
-    return [Requirement(line) for line in (*PROJECT["dependencies"], *optional["lab"], *optional["test"])]
+    optional = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    return [Requirement(line) for line in (*PROJECT["dependencies"], *optional)]
 
 
 def conda_environment() -> tuple[list[str], list[str]]:
@@ -94,7 +94,7 @@ def test_conda_brings_only_python_and_pip():
 def test_environment_pins_equal_constraints():
     _, entries = conda_environment()
     pins = constraints()
-    assert "-c constraints.txt" in entries and "-e .[lab,test]" in entries
+    assert "-c constraints.txt" in entries and f"-e .[{','.join(PROJECT['optional-dependencies'])}]" in entries
     listed = [Requirement(entry) for entry in entries if not entry.startswith("-")]
     assert {requirement.name for requirement in listed} == VISIBLE
     for requirement in listed:
@@ -108,7 +108,8 @@ def test_no_address_or_absolute_path_in_the_lists():
         assert not re.search(r"[a-z]+://|(^|[\s=\"'@])/", text, flags=re.MULTILINE), f"{name} holds an address or path"
 
 
-RIVALS = {"cache-dit"}  # imported where they are installed, and refused with the command to install them elsewhere
+# Imported where they are installed, and left out or refused with the command to install them elsewhere.
+WHERE_INSTALLED = {"cache-dit", "matplotlib", "imageio-ffmpeg"}
 
 
 def test_every_import_is_a_declared_requirement():
@@ -117,7 +118,7 @@ def test_every_import_is_a_declared_requirement():
     lab = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["lab"]}
     undeclared = set()
     for path in (ROOT / "diffusion_opt").rglob("*.py"):
-        allowed = (direct | lab if "lesson" in path.parts else direct) | RIVALS
+        allowed = (direct | lab if "lesson" in path.parts else direct) | WHERE_INSTALLED
         for module in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
             if module in sys.stdlib_module_names or module == "diffusion_opt":
                 continue
