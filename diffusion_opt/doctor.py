@@ -26,8 +26,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIRED = ("torch", "diffusers", "nvidia-modelopt", "onnx", "accelerate", "peft", "safetensors", "torchmetrics")
-OPTIONAL = ("jupyterlab", "ipywidgets", "nbmake", "pytest")
+REQUIRED = (
+    "torch", "diffusers", "transformers", "nvidia-modelopt", "onnx", "accelerate", "peft", "safetensors",
+    "torchmetrics", "ftfy",
+)  # fmt: skip
+OPTIONAL = {  # what each is for
+    "matplotlib": "the pictures of reports",
+    "tensorboard": "training curves",
+    "cache-dit": "a rival in the comparison of caches",
+    "jupyterlab": "the course",
+    "ipywidgets": "the course",
+    "nbmake": "tests",
+    "pytest": "tests",
+}
 COMFORTABLE_MEMORY_GB = 6.0  # the test suite and one notebook side by side
 COMFORTABLE_DISK_GB = 2.0  # runs/ of a training with its checkpoints
 FP8_CAPABILITY, FP4_CAPABILITY = (8, 9), (10, 0)  # Ada and Hopper; Blackwell
@@ -74,8 +85,22 @@ def diagnose() -> Diagnosis:
         check_disk(Path.cwd()),
     )
     broken = [finding for finding in findings if finding.level == "broken"]
-    next_step = broken[0].advice if broken else "make demo    (then make lab: the course, from notebook 00)"
-    return Diagnosis(findings, what_is_slow(gpu_capability()), next_step)
+    next_step = broken[0].advice if broken else what_next()
+    return Diagnosis(findings, what_is_slow(gpu_capability(), bfloat16_units()), next_step)
+
+
+def is_clone() -> bool:
+    """Whether the package runs from its repository, with its Makefile, data and notebooks."""
+    return (ROOT / "pyproject.toml").is_file()
+
+
+def what_next() -> str:
+    """The next thing to do where all is well."""
+    if "ipykernel" in sys.modules:
+        return "the next cell of this notebook"
+    if is_clone():
+        return "make demo    (then make lab: the course, from notebook 00)"
+    return 'diffusion-opt generate MODEL --prompts "a cat"    (MODEL: a folder, or a name of the hub)'
 
 
 def check_system() -> Iterator[Finding]:
@@ -153,13 +178,21 @@ def check_packages(tested: dict[str, str]) -> Iterator[Finding]:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield Finding(name, "not installed", "broken" if name in required else "note", "make install")
+            if name in required:
+                yield Finding(name, "not installed", "broken", installer(name))
+            elif is_clone():
+                yield Finding(name, f"not installed: {OPTIONAL[name]}", "note", installer(name))
             continue
         expected = tested.get(name, version)
         if version.partition("+")[0] == expected:
             yield Finding(name, version)
         else:
-            yield Finding(name, f"{version}, tested with {expected}", "note", "make install")
+            yield Finding(name, f"{version}, tested with {expected}", "note", installer(name))
+
+
+def installer(package: str) -> str:
+    """The command that installs a package: of the clone, or of whoever installed the wheel."""
+    return "make install" if is_clone() else f"pip install {package}"
 
 
 def check_silent_helpers() -> Iterator[Finding]:
@@ -196,7 +229,8 @@ def check_shipped_files() -> Iterator[Finding]:
 
         root, expected = data_dir(), expected_folders()
     except FileNotFoundError as error:
-        yield Finding("shipped data", str(error), "broken", "clone the repository again, or set DIFFUSION_OPT_DATA")
+        level = "broken" if is_clone() else "note"  # a user's own pipelines need none of it
+        yield Finding("shipped data", str(error), level, "needed by the demo, the course and the shipped models alone")
         return
     except (ImportError, OSError) as error:
         yield Finding("shipped data", f"cannot be checked: {error}", "broken", "make install ARGS=--force")
@@ -232,15 +266,34 @@ def check_disk(folder: Path) -> Finding:
     return Finding("free disk", f"{free_gb:.0f} GB")
 
 
-def what_is_slow(capability: tuple[int, int] | None) -> tuple[str, ...]:
-    """In words, what to expect of a GPU of this compute capability, or of a machine without one (None)."""
+def bfloat16_units() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware."""
+    try:
+        import torch
+
+        from diffusion_opt.quantization.faster.bfloat16 import fast_here
+    except (ImportError, OSError):
+        return False
+    return fast_here(torch.device("cpu"))
+
+
+def what_is_slow(capability: tuple[int, int] | None, bfloat16: bool = False) -> tuple[str, ...]:
+    """In words, what to expect of a GPU of this compute capability, or of a machine without one (None).
+
+    `bfloat16` says whether the CPU has units for it.
+    """
     if capability is None:
+        precision = (
+            "bfloat16 is faster than float32 here, the CPU has units for it (AMX): `Bfloat16()`, or --dtype bfloat16"
+            if bfloat16
+            else "bfloat16 is slower than float32 here, the CPU has no units for it (AMX)"
+        )
         return (
             "the demo and the notebooks are sized for a CPU with two cores",
             "training a teacher from nothing takes hours (students and micro models: minutes)",
             "Triton kernels run in Triton's interpreter: correct, but far too slow to time",
-            "FLUX.2, LTX-2 and Wan need a GPU: here their lesson shows the plan and recorded results",
-            "bfloat16 is slower than float32 on most CPUs, so the CPU path stays in float32",
+            "FLUX.2, LTX-2 and Wan at their own sizes need a GPU",
+            precision,
         )
     missing = [name for name, needed in (("FP8", FP8_CAPABILITY), ("FP4", FP4_CAPABILITY)) if capability < needed]
     if missing:

@@ -3,16 +3,19 @@
     diffusion-opt cache calibrate fashion          what TeaCache, MagCache and the step table need
     diffusion-opt cache search fashion             masks under a budget, and the error bound
     diffusion-opt cache compare fashion            every cache and both honest baselines in one table
+    diffusion-opt cache search DIR --prompts "a cat" --steps 28 --guidance 4 --height 512 --width 512
 
-All of them take a shipped name, a folder or a hub name, and write small JSON files that refuse other models and runs.
+All of them take a shipped name, a folder or a hub name, and write small JSON files that refuse other models and runs:
+what they were made for is the run that --prompts, --steps, --guidance, --height … describe.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from diffusion_opt.cli.options import RUNS, Device, settle, writable
+from diffusion_opt.cli.options import ASKED, OPENING, RUNS, Asked, Model, Opening, writable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -20,19 +23,14 @@ if TYPE_CHECKING:
     from diffusion_opt.caching.schedules.search import Mask
     from diffusion_opt.subjects import Run
 
-Model = Annotated[str, tyro.conf.Positional]
 PredictorChoice = Literal["reuse", "forecast", "quadratic", "hermite"]
+Budgets = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint="")]
+AWAY = replace(ASKED, seed=30_000)  # from the seeds of searches
+SHARES = (2 / 5, 3 / 10, 1 / 5, 1 / 7)  # of the steps: budgets where none are given
 
 
 def calibrate(
-    model: Model = "fashion",
-    prompts: tuple[str, ...] = (),
-    steps: int | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-    out: Path = RUNS / "caching",
-    threads: int | None = None,
-    device: Device = "auto",
+    model: Model = "fashion", asked: Asked = ASKED, opening: Opening = OPENING, out: Path = RUNS / "caching"
 ) -> None:
     """Record a few generations and fit what TeaCache, MagCache and the step table need.
 
@@ -41,16 +39,9 @@ def calibrate(
 
     Args:
         model: shipped name, folder or hub name.
-        prompts: to record; default: each class of a shipped model once.
-        steps: of the run it is for; default: the model's own.
-        guidance: of the run it is for; default: the model's own.
-        seed: of the noise.
         out: folder for the JSON file.
-        threads: CPU threads of torch; default: torch's own choice.
-        device: where to run; auto takes the GPU if there is one.
     """
-    writable(out)
-    pipe, run = _opened(model, prompts, steps, guidance, seed, settle(device, threads))
+    pipe, run = _opened(model, asked, opening, out)
     from diffusion_opt.caching import calibrate_step_cache
 
     found = calibrate_step_cache(pipe, run)
@@ -61,20 +52,16 @@ def calibrate(
 
 def search(
     model: Model = "fashion",
-    budgets: tuple[int, ...] = (20, 15, 10, 7),
+    asked: Asked = ASKED,
+    opening: Opening = OPENING,
+    budgets: Budgets = (),
     predictor: PredictorChoice = "forecast",
-    prompts: tuple[str, ...] = (),
-    steps: int | None = None,
-    guidance: float | None = None,
     trials: int = 40,
     max_gap: int = 12,
     held_out: int = 20,
     bound_samples: int = 0,
     bound_budgets: tuple[int, ...] = (40, 30, 25),
-    seed: int = 0,
     out: Path = RUNS / "caching",
-    threads: int | None = None,
-    device: Device = "auto",
 ) -> None:
     """Search which steps to compute, for each budget: dynamic programming, then a climb on whole runs.
 
@@ -84,23 +71,16 @@ def search(
 
     Args:
         model: shipped name, folder or hub name.
-        budgets: steps to compute; one schedule for each.
+        budgets: steps to compute; one schedule for each. Default: 2/5, 3/10, 1/5 and 1/7 of the steps.
         predictor: what stands in for a skipped step.
-        prompts: to search with; default: each class of a shipped model once.
-        steps: of the full run; default: the model's own.
-        guidance: of the run; default: the model's own.
         trials: whole runs of the climb for each budget; 0: dynamic programming alone.
         max_gap: most steps from one computed step to the next.
         held_out: samples for the error that is reported; 0: none.
         bound_samples: samples that calibrate the error bound, 9 or more for confidence 0.9; 0: make none.
         bound_budgets: further schedules for the bound to choose from, by dynamic programming alone.
-        seed: of noise and climb; the noise of held-out samples and of the bound is drawn from seeds far from it.
         out: folder for the JSON files.
-        threads: CPU threads of torch; default: torch's own choice.
-        device: where to run; auto takes the GPU if there is one.
     """
-    writable(out)
-    pipe, run = _opened(model, prompts, steps, guidance, seed, settle(device, threads))
+    pipe, run = _opened(model, asked, opening, out)
     from diffusion_opt.caching.comparison.contest import steps_of
     from diffusion_opt.caching.schedules.recording import GenerationTask, generation_tasks
     from diffusion_opt.caching.schedules.schedule import HELD_OUT, CacheSchedule, search_schedule
@@ -112,11 +92,13 @@ def search(
         within_budget,
     )
 
-    others = tuple(n for n in bound_budgets if n not in budgets) if bound_samples else ()
+    num_steps = steps_of(pipe, run)
+    budgets = budgets or shares_of(num_steps, max_gap)
+    others = tuple(n for n in bound_budgets if n not in budgets and n < num_steps) if bound_samples else ()
     for budget in (*budgets, *others):
-        check_budget(budget, steps_of(pipe, run), max_gap)
+        check_budget(budget, num_steps, max_gap)
     paths = {budget: out / f"{Path(model).name}-{budget}.json" for budget in budgets}
-    settings = SearchSettings(predictor, max_gap=max_gap, trials=trials, seed=seed)
+    settings = SearchSettings(predictor, max_gap=max_gap, trials=trials, seed=asked.seed)
     task = GenerationTask(run, tuple(range(len(run.prompts))))
     unseen = generation_tasks(run, held_out, first=HELD_OUT) if held_out else ()
     costs = None
@@ -137,48 +119,54 @@ def search(
 
 def compare(
     model: Model = "fashion",
-    budgets: tuple[int, ...] = (20, 15, 10, 7),
+    asked: Asked = AWAY,
+    opening: Opening = OPENING,
+    budgets: Budgets = (),
     samples: int = 20,
-    seed: int = 30_000,
+    only: tuple[str, ...] = (),
     out: Path = RUNS / "caching",
-    threads: int | None = None,
-    device: Device = "auto",
 ) -> None:
     """Every cache at equal cost beside the honest baselines: fewer steps of the same solver, and of a better one.
 
+    Keep --seed away from that of a search, or the searched schedules meet the noise that they were made for.
+
     Args:
         model: shipped name, folder or hub name.
-        budgets: evaluations to compare at.
+        budgets: evaluations to compare at. Default: 2/5, 3/10, 1/5 and 1/7 of the steps.
         samples: images behind each error.
-        seed: of the noise; keep it away from the seed of a search.
+        only: names of policies, to run those alone.
         out: folder for the JSON file.
-        threads: CPU threads of torch; default: torch's own choice.
-        device: where to run; auto takes the GPU if there is one.
     """
-    writable(out)
-    pipe, run = _opened(model, (), None, None, 0, settle(device, threads))
+    pipe, run = _opened(model, asked, opening, out)
     from rich.console import Console
 
     from diffusion_opt.caching.comparison import compare as comparison
+    from diffusion_opt.caching.comparison.contest import steps_of
 
-    result = comparison.compare(pipe, budgets=budgets, num_samples=samples, seed=seed, run=run)
+    result = comparison.compare(
+        pipe, budgets=budgets or shares_of(steps_of(pipe, run)), num_samples=samples, seed=asked.seed, run=run,
+        only=only or None,
+    )  # fmt: skip
     path = out / f"{Path(model).name}-comparison.json"
     result.save(path)
     Console().print(result.table())
     print(f"written to {path}")
 
 
-def _opened(
-    model: str, prompts: tuple[str, ...], steps: int | None, guidance: float | None, seed: int, device: str
-) -> "tuple[DiffusionPipeline, Run]":
-    """The pipeline and its run, with the model's own defaults. Raises ValueError for what it does not know."""
-    from diffusion_opt.models import load
-    from diffusion_opt.subjects import Run
+def shares_of(num_steps: int, max_gap: int | None = None) -> tuple[int, ...]:
+    """Budgets for a run of so many steps: the usual shares of it, as far as gaps of `max_gap` steps allow."""
+    least = 2 if max_gap is None else max(2, 1 + -(-(num_steps - 1) // max_gap))
+    found = {round(share * num_steps) for share in SHARES}
+    return tuple(sorted((n for n in found if least <= n < num_steps), reverse=True)) or (min(least, num_steps),)
 
-    pipe = load(model, device=device)
-    pipe.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": 10}
-    return pipe, Run.for_pipeline(pipe, prompts, **settings)
+
+def _opened(model: str, asked: Asked, opening: Opening, out: Path) -> "tuple[DiffusionPipeline, Run]":
+    """The pipeline and its run in full; what can be refused is refused before anything is opened."""
+    opening.check(model)
+    asked.check(model)
+    writable(out)
+    pipe = opening.open(model)
+    return pipe, asked.run(pipe)
 
 
 def _bound(

@@ -74,7 +74,7 @@ class Asked:
     num_frames: MaybeInt = None  # of a clip
     negative_prompt: MaybeText = None  # what guidance leads away from
     call: MaybePath = None  # JSON FILE of further arguments of the pipeline's call; pictures by their paths
-    batch_size: int = 1  # prompts in one call
+    batch_size: MaybeInt = None  # prompts in one call; default: 10 of a shipped model, otherwise 1
     seed: int = 0  # of the first sample; sample i has seed + i
 
     def check(self, model: str) -> None:
@@ -105,7 +105,8 @@ class Asked:
         run = Run.for_pipeline(
             pipe, self.texts(), num_inference_steps=self.steps, guidance_scale=self.guidance, height=self.height,
             width=self.width, num_frames=self.num_frames, negative_prompt=self.negative_prompt,
-            batch_size=self.batch_size, seed=self.seed, arguments=self._arguments(),
+            batch_size=self.batch_size or (10 if hasattr(pipe, "class_embedder") else 1), seed=self.seed,
+            arguments=self._arguments(),
         )  # fmt: skip
         return complete(run, pipe)
 
@@ -134,6 +135,9 @@ class Asked:
             pictures = [_opened(self.call.parent / path) for path in _paths(name, value)]
             opened[name] = value if not pictures else (pictures if isinstance(value, list) else pictures[0])
         return opened
+
+
+OPENING, ASKED = Opening(), Asked()  # as the flags are where none is given
 
 
 def complete(run: "Run", pipe: "DiffusionPipeline") -> "Run":

@@ -4,6 +4,7 @@
     diffusion-opt quantize fashion-4step --format nvfp4 --qat-minutes 5 --out DIR    and trained to its float self
     diffusion-opt quantize fashion-4step --format nvfp4 mxfp8 --bits 6 --out DIR     the best mixture of that size
     diffusion-opt quantize fashion-1step --format dynamic_int8 --out DIR             really faster, on a CPU
+    diffusion-opt quantize FOLDER --format fp8 --prompts prompts.txt --steps 28 --height 1024 --width 1024 --out DIR
 
 `diffusion_opt.load(DIR)` opens what it writes, in another process and with the same output.
 """
@@ -17,7 +18,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from diffusion_opt.cli.options import RUNS, settle, writable
+from diffusion_opt.cli.options import (
+    ASKED,
+    OPENING,
+    RUNS,
+    Asked,
+    MaybeFloat,
+    Model,
+    Opening,
+    Texts,
+    writable,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -40,25 +51,27 @@ FormatName = Literal[
     "nvfp4",
     "nvfp4_svdquant",
 ]
+MaybeAttention = Annotated[
+    Literal["int8", "fp8", "nvfp4"] | None, tyro.conf.arg(metavar="{int8,fp8,nvfp4}", help_behavior_hint="")
+]
 REAL = "dynamic_int8"  # the one with a kernel of its own; all others are simulated, then packed
 UNSEEN = 10_000  # how far the seed of the measured noise lies from that of the calibrated
 
 
 def quantize(
-    model: Annotated[str, tyro.conf.Positional],
+    model: Model,
     out: Path,
+    asked: Asked = ASKED,
+    opening: Opening = OPENING,
     format: tuple[FormatName, ...] = ("int8",),
-    bits: float | None = None,
+    bits: MaybeFloat = None,
     calibrate: int = 40,
-    qat_minutes: float | None = None,
-    attention: Literal["int8", "fp8", "nvfp4"] | None = None,
-    skip: tuple[str, ...] = (),
+    qat_minutes: MaybeFloat = None,
+    attention: MaybeAttention = None,
+    skip: Texts = (),
     first_blocks: int = 0,
     last_blocks: int = 0,
-    prompts: tuple[str, ...] = (),
     samples: int = 20,
-    seed: int = 0,
-    threads: int | None = None,
 ) -> None:
     """Quantize the linear layers of a model's blocks, report what it costs and saves, and write the packed model.
 
@@ -85,27 +98,23 @@ def quantize(
         skip: regular expressions; layers whose whole name matches stay in float.
         first_blocks: blocks at the start of the stack that stay in float.
         last_blocks: blocks at its end that do.
-        prompts: to calibrate and measure with; default: the classes of a shipped model.
         samples: generations behind the reported error.
-        seed: of calibration, measurement and training.
-        threads: CPU threads of torch; default: torch's own choice.
     """
     _check(format, bits, calibrate, qat_minutes, samples)
+    opening.check(model)
+    asked.check(model)
     writable(out)
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty: name a new folder with --out")
-    settle("cpu", threads)
+    pipe = opening.open(model)
+    run, seed = asked.run(pipe), asked.seed
     import torch
     from rich.console import Console
 
-    from diffusion_opt.quantization import quantization_report
+    from diffusion_opt.quantization import PTQ, quantization_report
     from diffusion_opt.quantization.mixed.sensitivity import record_probe
-    from diffusion_opt.quantization.packed.storage import load, save_quantized
-    from diffusion_opt.subjects import Run
+    from diffusion_opt.quantization.packed.storage import save_quantized
 
-    pipe = load(model)
-    pipe.set_progress_bar_config(disable=True)
-    run = Run(prompts) if prompts else None
     choices = _choices(pipe, format, skip, first_blocks, last_blocks)
     probe = record_probe(pipe, samples, torch.Generator().manual_seed(seed + UNSEEN), run=run)
     errors: dict[str, float] = {}
@@ -113,7 +122,7 @@ def quantize(
         formats = _real(pipe, choices, attention)
     else:
         layers = _formats(pipe, choices, format, bits, seed, run)
-        technique = _technique(pipe, layers, run, calibrate, seed)
+        technique = PTQ(layers=layers, run=run, samples=calibrate, progress=True)
         formats = {name: found.name for name, found in technique.formats(pipe.transformer).items()}
         training = None if qat_minutes is None else (qat_minutes, seed, RUNS / "quantize" / out.name)
         errors |= _apply(pipe, technique, attention, training, run, probe)
@@ -130,7 +139,11 @@ def table(report: "QuantizationReport", formats: Mapping[str, str], reasons: Map
     """Each linear layer: its format or why it is kept, and its bytes now and in float32."""
     from rich.table import Table
 
-    shown = Table("layer", "format", "bytes", "float32", title="linear layers")
+    shown = Table(title="linear layers")
+    for name in ("layer", "format"):
+        shown.add_column(name, overflow="fold")  # --skip needs names in full, however narrow the terminal
+    for name in ("bytes", "float32"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for layer in report.layers:
         kept = reasons.get(layer.name) or "left in float by the mixture"
         what = formats[layer.name] if layer.kind != "float" else f"float: {kept}"
@@ -161,10 +174,15 @@ def _check(format: tuple[str, ...], bits: float | None, calibrate: int, minutes:
 def _choices(
     pipe: "DiffusionPipeline", format: tuple[str, ...], skip: tuple[str, ...], first_blocks: int, last_blocks: int
 ) -> "list[LayerChoice]":
-    """The policy's word on each layer. Raises ValueError if nothing is left to quantize."""
+    """The policy's word on each layer. Raises ValueError if nothing is left to quantize, and for two networks."""
     from diffusion_opt.quantization import choose
     from diffusion_opt.quantization.faster.int8_cpu import MIN_WIDTH, kernel_here
+    from diffusion_opt.subjects import denoisers
 
+    if len(networks := denoisers(pipe)) > 1:
+        raise ValueError(
+            f"a packed folder holds one denoising network, {type(pipe).__name__} has {', '.join(networks)}"
+        )
     min_width = MIN_WIDTH[kernel_here()[0]] if format == (REAL,) else 0
     choices = choose(pipe.transformer, min_width, skip, first_blocks, last_blocks)
     if not any(choice.quantized for choice in choices):
@@ -191,7 +209,7 @@ def _formats(
     format: tuple[str, ...],
     bits: float | None,
     seed: int,
-    run: "Run | None",
+    run: "Run",
 ) -> dict[str, str]:
     """One format for every layer, or the best mixture of this size; prints what each layer minds."""
     chosen = {choice.name: (choice.name,) for choice in choices if choice.quantized}
@@ -209,23 +227,12 @@ def _formats(
     return allocation.layers
 
 
-def _technique(
-    pipe: "DiffusionPipeline", layers: dict[str, str], run: "Run | None", calibrate: int, seed: int
-) -> "PTQ":
-    from diffusion_opt.quantization import PTQ
-    from diffusion_opt.subjects import Run
-
-    batch = min(calibrate, 10)
-    run = Run.for_pipeline(pipe, batch_size=batch, seed=seed) if run is None else replace(run, seed=seed)
-    return PTQ(layers=layers, run=run, samples=calibrate, progress=True)
-
-
 def _apply(
     pipe: "DiffusionPipeline",
     technique: "PTQ",
     attention: str | None,
     training: tuple[float, int, Path] | None,
-    run: "Run | None",
+    run: "Run",
     probe: "Probe",
 ) -> dict[str, float]:
     """Quantize, train if asked to (minutes, seed, folder), and pack. Returns the error before training, if any."""

@@ -9,6 +9,7 @@ them refuses the pipeline, those already applied are taken back and the pipeline
     {"techniques": [{"technique": "student", "model": "fashion-1step"}, {"technique": "dynamic_int8"}]}
 """
 
+import json
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -17,21 +18,28 @@ from typing import Any, Protocol
 from diffusers import DiffusionPipeline
 
 from diffusion_opt.caching import (
+    ChunkRegionCache,
     CompiledSchedule,
     EasyCache,
+    EditRegionCache,
     ErrorBoundedCache,
     FirstBlockCache,
     FixedInterval,
     FixedSchedule,
+    GenerationRegionCache,
     GuidanceCache,
     MagCache,
+    ReferenceRegionCache,
     ScheduledCache,
     StepTable,
+    StreamingRegionCache,
     TeaCache,
 )
-from diffusion_opt.datasets.writing import read_json, write_json
+from diffusion_opt.datasets import read_json, write_json
+from diffusion_opt.names import nearest
 from diffusion_opt.quantization import PTQ, W8A8, Bfloat16, DynamicInt8, LowPrecisionAttention
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
+from diffusion_opt.subjects import Run
 
 
 class Technique(Protocol):
@@ -63,7 +71,7 @@ WHAT, HOW, STORED, ATTENDED, REUSED, SPARED, COMPILED = (
     Kind(1, "solver"),
     Kind(2, "weights"),
     Kind(3, "attention"),
-    Kind(4, "step cache"),
+    Kind(4, "cache"),
     Kind(5, "guidance cache"),
     Kind(6, "compilation"),
 )
@@ -85,6 +93,11 @@ TECHNIQUES: dict[str, tuple[type, Kind]] = {
     "scheduled_cache": (ScheduledCache, REUSED),
     "error_bounded_cache": (ErrorBoundedCache, REUSED),
     "compiled_schedule": (CompiledSchedule, REUSED),
+    "streaming_region_cache": (StreamingRegionCache, REUSED),
+    "edit_region_cache": (EditRegionCache, REUSED),
+    "generation_region_cache": (GenerationRegionCache, REUSED),
+    "reference_region_cache": (ReferenceRegionCache, REUSED),
+    "chunk_region_cache": (ChunkRegionCache, REUSED),
     "guidance_cache": (GuidanceCache, SPARED),
     "compile": (Compile, COMPILED),
 }
@@ -132,23 +145,15 @@ class Recipe:
             technique.remove(pipe)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {"techniques": [{"technique": _NAMES[type(t)], **asdict(t)} for t in self.techniques]}
+        """Plain data for JSON. Raises ValueError for a technique with a run whose arguments are pictures or tensors."""
+        return {"techniques": [{"technique": _NAMES[type(t)], **_settings(t)} for t in self.techniques]}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Recipe":
-        """The inverse of `to_dict`. Raises ValueError naming the unknown technique or field."""
-        techniques = []
-        for entry in data["techniques"]:
-            settings = dict(entry)
-            name = settings.pop("technique", None)
-            if name not in TECHNIQUES:
-                raise ValueError(f"unknown technique {name!r} in recipe; there are {', '.join(TECHNIQUES)}")
-            technique = TECHNIQUES[name][0]
-            if unknown := set(settings) - {f.name for f in fields(technique)}:
-                raise ValueError(f"technique {name!r} has no setting {sorted(unknown)[0]!r}")
-            techniques.append(technique(**settings))
-        return cls(tuple(techniques))
+    def from_dict(cls, data: Any) -> "Recipe":
+        """The inverse of `to_dict`. Raises ValueError naming the unknown technique or field, and the nearest."""
+        if not isinstance(data, dict) or not isinstance(data.get("techniques"), list):
+            raise ValueError('a recipe is {"techniques": [{"technique": name, setting: value, …}, …]}')
+        return cls(tuple(_technique(dict(entry)) for entry in data["techniques"]))
 
     def save(self, path: str | Path) -> None:
         """Write the recipe as JSON."""
@@ -158,6 +163,36 @@ class Recipe:
     def load(cls, path: str | Path) -> "Recipe":
         """Read a recipe from a JSON file."""
         return cls.from_dict(read_json(Path(path), "save the recipe again"))
+
+
+def _settings(technique: Technique) -> dict[str, Any]:
+    """The settings of a technique as JSON holds them; a run it carries among them."""
+    settings = asdict(technique)
+    for name, value in settings.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(
+                f"{name} of {_NAMES[type(technique)]!r} cannot be written to a file ({error}): leave pictures and "
+                "tensors out of its run, and give them when the technique is made"
+            ) from error
+    return settings
+
+
+def _technique(settings: dict[str, Any]) -> Technique:
+    """A technique from its settings as JSON holds them."""
+    name = settings.pop("technique", None)
+    if name not in TECHNIQUES:
+        hint = nearest(str(name), TECHNIQUES)
+        raise ValueError(f"unknown technique {name!r} in recipe{hint}; there are {', '.join(TECHNIQUES)}")
+    technique = TECHNIQUES[name][0]
+    known = [field.name for field in fields(technique)]
+    if unknown := sorted(set(settings) - set(known)):
+        hint = nearest(unknown[0], known)
+        raise ValueError(f"technique {name!r} has no setting {unknown[0]!r}{hint}; it has {', '.join(known) or 'none'}")
+    if isinstance(settings.get("run"), dict):
+        settings["run"] = Run(**settings["run"])
+    return technique(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
 
 
 def apply(pipe: DiffusionPipeline, *techniques: Technique) -> DiffusionPipeline:

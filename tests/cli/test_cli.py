@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import diffusion_opt
-from diffusion_opt.cli import COMMANDS, SECTIONS, main
+from diffusion_opt.cli import main
+from diffusion_opt.cli.commands import COMMANDS, SECTIONS
 from diffusion_opt.datasets import data_dir
 from diffusion_opt.quantization.faster.bfloat16 import fast_here
 

@@ -1,6 +1,7 @@
 """Recipes: checked before they act, all or nothing, reversible to the bit, plain JSON."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,21 +10,28 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import diffusion_opt
 from diffusion_opt.caching import (
+    ChunkRegionCache,
     CompiledSchedule,
     EasyCache,
+    EditRegionCache,
     ErrorBoundedCache,
     FirstBlockCache,
     FixedInterval,
     FixedSchedule,
+    GenerationRegionCache,
     GuidanceCache,
     MagCache,
+    ReferenceRegionCache,
     ScheduledCache,
     StepTable,
+    StreamingRegionCache,
     TeaCache,
 )
+from diffusion_opt.datasets import CorruptFileError
 from diffusion_opt.models import FlowMatchAdamsBashforthScheduler, TinyFlux2Pipeline
-from diffusion_opt.quantization import DynamicInt8
+from diffusion_opt.quantization import PTQ, DynamicInt8
 from diffusion_opt.recipes import TECHNIQUES, Compile, Recipe, Solver, Student, Technique, apply
+from diffusion_opt.subjects import Run
 
 
 def images(pipe: TinyFlux2Pipeline) -> torch.Tensor:
@@ -123,14 +131,19 @@ def test_recipes_round_trip_through_json(tmp_path: Path) -> None:
         ScheduledCache("fashion-10"),
         ErrorBoundedCache(0.03, "fashion-error-bound"),
         CompiledSchedule((True, True, False, True)),
+        StreamingRegionCache(0.01),
+        EditRegionCache(),
+        GenerationRegionCache(0.5),
+        ReferenceRegionCache(),
+        ChunkRegionCache(0.2),
     ],
     ids=lambda technique: type(technique).__name__,
 )
-def test_step_caches_are_recipes_too_and_exclude_each_other(technique: Technique, tmp_path: Path) -> None:
+def test_caches_are_recipes_too_and_exclude_each_other(technique: Technique, tmp_path: Path) -> None:
     recipe = Recipe((Solver(8), technique))
     recipe.save(tmp_path / "cached.json")
     assert Recipe.load(tmp_path / "cached.json") == recipe
-    with pytest.raises(ValueError, match="change the step cache once"):
+    with pytest.raises(ValueError, match="change the cache once"):
         Recipe((technique, TeaCache(0.1)))
 
 
@@ -142,7 +155,7 @@ def test_a_step_cache_and_a_guidance_cache_go_together(pipe: TinyFlux2Pipeline, 
     assert not torch.equal(images(recipe.apply(pipe)), before)
     recipe.remove(pipe)
     assert torch.equal(images(pipe), before)
-    with pytest.raises(ValueError, match="the step cache must be changed before the guidance cache"):
+    with pytest.raises(ValueError, match="the cache must be changed before the guidance cache"):
         Recipe((GuidanceCache(2), FixedInterval(2)))
 
 
@@ -150,13 +163,37 @@ def test_a_step_cache_and_a_guidance_cache_go_together(pipe: TinyFlux2Pipeline, 
     ("entry", "message"),
     [
         ({"technique": "magic"}, "unknown technique 'magic'"),
+        ({"technique": "tea_cach"}, r"unknown technique 'tea_cach' in recipe \(did you mean tea_cache\?\)"),
         ({"technique": "solver", "steps": 4, "order": 3}, "'solver' has no setting 'order'"),
+        ({"technique": "solver", "step": 4}, r"no setting 'step' \(did you mean steps\?\); it has steps, name"),
         ({"technique": "solver", "steps": 0}, "steps must be at least 1, got 0"),
     ],
 )
 def test_a_bad_entry_is_named(entry: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe.from_dict({"techniques": [entry]})
+
+
+def test_a_technique_with_a_run_goes_to_a_file_unless_the_run_holds_pictures(tmp_path: Path) -> None:
+    run = Run(("a cat", "a dog"), num_inference_steps=4, height=64, arguments={"max_sequence_length": 32})
+    recipe = Recipe((PTQ("int8", run=run, samples=2),))
+    recipe.save(tmp_path / "ptq.json")
+    assert Recipe.load(tmp_path / "ptq.json") == recipe
+    with_picture = Recipe((PTQ("int8", run=replace(run, arguments={"image": torch.zeros(3, 8, 8)})),))
+    with pytest.raises(
+        ValueError, match=r"run of 'ptq' cannot be written to a file .*: leave pictures and tensors out"
+    ):
+        with_picture.save(tmp_path / "picture.json")
+    assert not (tmp_path / "picture.json").exists()
+
+
+def test_what_is_no_recipe_is_said(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match="a recipe is"):
+        Recipe.load(tmp_path / "list.json")
+    (tmp_path / "cut.json").write_text("{")
+    with pytest.raises(CorruptFileError, match=r"save the recipe again"):
+        Recipe.load(tmp_path / "cut.json")
 
 
 def test_every_technique_has_the_verbs() -> None:

@@ -3,6 +3,7 @@
 import importlib
 import io
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -147,3 +148,25 @@ def test_module_is_light_to_import():
     source = importlib.util.find_spec("diffusion_opt.doctor").loader.get_source("diffusion_opt.doctor")
     head = source.partition("ROOT =")[0]
     assert "import torch" not in head and "import diffusers" not in head
+
+
+def test_what_it_says_of_bfloat16_is_so_of_this_processor():
+    from diffusion_opt.quantization.faster.bfloat16 import fast_here
+
+    assert doctor.bfloat16_units() == fast_here(torch.device("cpu"))
+    assert "bfloat16 is faster" in " ".join(doctor.what_is_slow(None, bfloat16=True))
+    assert "bfloat16 is slower" in " ".join(doctor.what_is_slow(None, bfloat16=False))
+
+
+def test_installed_without_its_repository_nothing_of_it_is_missed(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.delenv("DIFFUSION_OPT_DATA", raising=False)
+    monkeypatch.setattr("diffusion_opt.names.__file__", str(tmp_path / "a" / "names.py"))
+    (finding,) = doctor.check_shipped_files()
+    assert finding.level == "note" and "Set DIFFUSION_OPT_DATA" in finding.found
+    assert not any("make" in advice for advice in (doctor.what_next(), doctor.installer("peft")))
+
+
+def test_in_a_notebook_the_next_step_is_not_to_open_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    assert "make lab" not in doctor.what_next()
