@@ -3,6 +3,7 @@
 from diffusion_opt.evaluation.cost import Cost, UncountedWorkError, count
 from diffusion_opt.evaluation.distances import frechet_distance, kernel_distance, moments, precision_recall
 from diffusion_opt.evaluation.features import METRIC_NAME, FashionFeatures, embed, load_features
+from diffusion_opt.evaluation.judges import Number, Own, RealPictures, at_teacher_quality, judge_named, judged
 from diffusion_opt.evaluation.machine import machine
 from diffusion_opt.evaluation.measurement import Measurement, Protocol, Rung, measure_together, speedup
 from diffusion_opt.evaluation.modes import mode_shares, modes_covered, stray_share
@@ -16,20 +17,26 @@ __all__ = [
     "Cost",
     "FashionFeatures",
     "Measurement",
+    "Number",
+    "Own",
     "Protocol",
     "Quality",
+    "RealPictures",
     "Reference",
     "Rung",
     "StoresPacked",
     "TeacherGap",
     "Timing",
     "UncountedWorkError",
+    "at_teacher_quality",
     "compare",
     "count",
     "embed",
     "floor_distance",
     "frechet_distance",
     "interleaved",
+    "judge_named",
+    "judged",
     "kernel_distance",
     "load_features",
     "load_reference",

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 NEIGHBORS = 3  # k of Kynkäänniemi et al.
+PRODUCTS = 2**24  # products of feature pairs held at once: 128 MiB
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 10, 1000
 
 
@@ -75,7 +76,8 @@ def bootstrap_frechet(
     centered = features.double() - center
     rows, columns = torch.triu_indices(num_features, num_features)
     second = torch.zeros(num_resamples, len(rows), dtype=torch.float64)
-    for part, weight in zip(centered.split(2000), counts.split(2000, dim=1), strict=True):
+    size = max(1, PRODUCTS // len(rows))
+    for part, weight in zip(centered.split(size), counts.split(size, dim=1), strict=True):
         second += weight @ (part[:, rows] * part[:, columns])
     shift = counts @ centered / n
     upper = (second / n - shift[:, rows] * shift[:, columns]) * n / (n - 1)
