@@ -113,6 +113,11 @@ def remember(network: nn.Module, source: Identity, change: str) -> None:
     setattr(network, _MEMORY, _Memory(known, _content(network)))
 
 
+def forget(network: nn.Module) -> None:
+    """The technique was taken off: the network is again what its weights say."""
+    vars(network).pop(_MEMORY, None)
+
+
 def scheduler_fingerprint(scheduler: SchedulerMixin) -> str:
     """16 hex digits of a scheduler's class and configuration: the same weights make other pictures on other times."""
     return _digest(type(scheduler).__name__, _config(scheduler.config))

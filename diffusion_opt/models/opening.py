@@ -14,8 +14,9 @@
 """
 
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from diffusion_opt.datasets import CorruptFileError, read_json
+from diffusion_opt.datasets.writing import write_json
 from diffusion_opt.models.call_defaults import load_call_defaults
 from diffusion_opt.models.pipeline import TinyFlux2Pipeline
 
@@ -101,12 +103,32 @@ def open_folder(folder: Path, dtype: Dtype = AUTO, **parts: nn.Module) -> Diffus
     dtype = stored_dtype(folder) if dtype == AUTO else dtype
     own = _class_name(index) == TinyFlux2Pipeline.__name__
     size = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
-    with _bars(size >= LARGE_BYTES):
+    with _bars(size >= LARGE_BYTES), _without(folder, index, parts) as rest:
         pipe = (TinyFlux2Pipeline if own else DiffusionPipeline).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
+            rest, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
         )
+    pipe.register_to_config(_name_or_path=str(folder))
     load_call_defaults(pipe, folder)
     return pipe
+
+
+@contextmanager
+def _without(folder: Path, index: Mapping[str, Any], parts: Iterable[str]) -> Iterator[Path]:
+    """The folder, as one whose index does not name these parts.
+
+    diffusers opens a part from disk although it was handed over, where the pipeline's class can do without it, as
+    Wan's can without either of its transformers.
+    """
+    if not (named := set(parts) & set(index)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        rest = Path(name)
+        for path in folder.absolute().iterdir():
+            if path.name != "model_index.json":
+                (rest / path.name).symlink_to(path)
+        write_json(rest / "model_index.json", {**index, **{part: [None, None] for part in named}})
+        yield rest
 
 
 def settled(device: str | torch.device) -> torch.device:

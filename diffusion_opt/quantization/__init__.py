@@ -2,6 +2,7 @@
 
 from diffusion_opt.quantization.attention.gradient import low_precision_attention
 from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention
+from diffusion_opt.quantization.families import POLICIES, LayerPolicy
 from diffusion_opt.quantization.faster.bfloat16 import Bfloat16
 from diffusion_opt.quantization.faster.int8_cpu import DynamicInt8, DynamicInt8Linear
 from diffusion_opt.quantization.faster.w8a8 import W8A8, W8A8Linear
@@ -10,7 +11,7 @@ from diffusion_opt.quantization.mixed.trajectory_points import TrajectoryPoints,
 from diffusion_opt.quantization.packed.export import export_bfl, load_published
 from diffusion_opt.quantization.packed.packing import PackedLinear, pack
 from diffusion_opt.quantization.packed.storage import load_quantized, save_quantized
-from diffusion_opt.quantization.policy import POLICIES, LayerChoice, LayerPolicy, choose, policy_for
+from diffusion_opt.quantization.policy import LayerChoice, choose, policy_for
 from diffusion_opt.quantization.ptq import PTQ
 from diffusion_opt.quantization.qat import QAT, SelfDistillation, quantization_aware
 from diffusion_opt.quantization.report import QuantizationReport, quantization_report

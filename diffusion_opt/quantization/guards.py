@@ -75,8 +75,8 @@ def refuse_adapters(transformer: nn.Module, act: str) -> None:
             )
 
 
-def refuse_offloading(transformer: nn.Module, act: str) -> None:
-    """Raise ValueError if offloading or layerwise casting keeps the layers of a transformer."""
+def refuse_offloading(transformer: nn.Module, remedy: str) -> None:
+    """Raise ValueError if offloading or layerwise casting holds the layers of a transformer; `remedy` is told."""
     for name, module in transformer.named_modules():
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
         kept = next((hook for hook in ("group_offloading", "layerwise_casting") if hook in hooks), None)
@@ -84,8 +84,7 @@ def refuse_offloading(transformer: nn.Module, act: str) -> None:
             kept = "sequential CPU offloading"
         if kept is not None:
             raise ValueError(
-                f"{name or 'the transformer'} is under {kept.replace('_', ' ')}, which holds its layers: {act} the "
-                "pipeline first and turn it on afterwards"
+                f"{name or 'the transformer'} is under {kept.replace('_', ' ')}, which holds its layers: {remedy}"
             )
 
 

@@ -13,29 +13,14 @@ latents, and modelopt sends a Conv3d that has NVFP4 to a kernel that only a GPU 
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from diffusion_opt.models.block_stack import block_stack
+from diffusion_opt.quantization.families import POLICIES, Kept, LayerPolicy, general_policy, repeated_blocks
 from diffusion_opt.quantization.guards import refuse_adapters
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Layers that stay in full precision: a pattern that must match the whole name, and the reason."""
-
-    pattern: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPolicy:
-    """What of a transformer family is kept; every other `nn.Linear` is quantized."""
-
-    family: str
-    kept: tuple[Kept, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,68 +36,21 @@ class LayerChoice:
         return not self.reason
 
 
-_LTX_EMBEDDERS = (
-    Kept(r"proj_in", "input projection: sees raw latents"),
-    Kept(r"caption_projection\..*", "input projection: sees the text encoder's output"),
-    Kept(r"time_embed\..*", "time embedding: one row a sample, makes the modulation of every block"),
-    Kept(r"proj_out", "output projection: writes the velocity"),
-)
-
-POLICIES = {
-    policy.family: policy
-    for policy in (
-        LayerPolicy(
-            "Flux2Transformer2DModel",
-            (
-                Kept(r"(x|context)_embedder", "input projection: sees raw latents and text"),
-                Kept(r"time_guidance_embed\..*", "time embedding: one row a sample, steers every block"),
-                Kept(r"(double_stream_modulation_(img|txt)|single_stream_modulation)\..*",
-                     "modulation: one row a sample, scales every token of every block"),
-                Kept(r"norm_out\..*", "output modulation: one row a sample, scales every token"),
-                Kept(r"proj_out", "output projection: writes the velocity"),
-            ),
-        ),
-        LayerPolicy(
-            "LTX2VideoTransformer3DModel",
-            (
-                *_LTX_EMBEDDERS,
-                Kept(r"audio_proj_in", "input projection: sees raw latents of sound"),
-                Kept(r"audio_caption_projection\..*", "input projection: sees the text encoder's output"),
-                Kept(r"audio_time_embed\..*", "time embedding: one row a sample, makes the modulation of every block"),
-                Kept(r"av_cross_attn_(video|audio)_(scale_shift|a2v_gate|v2a_gate)\..*",
-                     "modulation between video and sound: one row a sample"),
-                Kept(r"audio_proj_out", "output projection: writes the velocity of sound"),
-            ),
-        ),
-        LayerPolicy("LTXVideoTransformer3DModel", _LTX_EMBEDDERS),
-        LayerPolicy(
-            "WanTransformer3DModel",
-            (
-                Kept(r"condition_embedder\..*", "time and text embedding: steers every block"),
-                Kept(r"proj_out", "output projection: writes the velocity"),
-            ),
-        ),
-        LayerPolicy(
-            "SD3Transformer2DModel",
-            (
-                Kept(r"context_embedder", "input projection: sees the text encoders' output"),
-                Kept(r"time_text_embed\..*", "time embedding: one row a sample, steers every block"),
-                Kept(r"transformer_blocks\.\d+\.norm1(_context)?\..*",
-                     "modulation: one row a sample, scales every token of its block"),
-                Kept(r"norm_out\..*", "output modulation: one row a sample, scales every token"),
-                Kept(r"proj_out", "output projection: writes the velocity"),
-            ),
-        ),
-    )
-}  # fmt: skip
-
-
 def policy_for(transformer: nn.Module) -> LayerPolicy:
-    """The policy of a transformer's family. Raises ValueError for a family that has none yet."""
+    """The policy of a transformer's family; of an unknown one the general policy, with a warning that says so.
+
+    Raises ValueError for a transformer that has neither a policy nor a list of blocks.
+    """
     family = type(transformer).__name__
-    if family not in POLICIES:
-        raise ValueError(f"no quantization policy for {family} yet; there is one for {', '.join(POLICIES)}")
-    return POLICIES[family]
+    if family in POLICIES:
+        return POLICIES[family]
+    policy = general_policy(transformer)
+    warnings.warn(
+        f"{family} has no quantization policy of its own: a general one takes all linear layers inside its blocks but "
+        "norms, modulation and embeddings. Look at choose(transformer), and at sensitivity before four bits",
+        stacklevel=2,
+    )
+    return policy
 
 
 def as_tuple(name: str, strings: Sequence[str]) -> tuple[str, ...]:
@@ -132,9 +70,9 @@ def choose(
     """The policy's word on every `nn.Linear` of a transformer, in order.
 
     Beyond the policy, layers with fewer than `min_width` inputs or outputs are kept, those whose whole name a regular
-    expression in `skip` matches, and all of the first and the last so many blocks. Raises ValueError for a family
-    without policy, for an expression that is invalid or matches no linear layer, for more blocks than there are, and
-    for a transformer with LoRA layers that are not fused.
+    expression in `skip` matches, and all of the first and the last so many blocks. Raises ValueError for an expression
+    that is invalid or matches no linear layer, for more blocks than there are, and for a transformer with LoRA layers
+    that are not fused.
     """
     policy = policy_for(transformer)
     linears = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
@@ -155,12 +93,12 @@ def _end_blocks(transformer: nn.Module, first: int, last: int) -> list[Kept]:
     """Patterns for the blocks at the two ends of the stack."""
     if not first and not last:
         return []
-    blocks = block_stack(transformer).blocks
+    names = {block: name for name, block in repeated_blocks(transformer).items()}
+    blocks = tuple(names)
     if min(first, last) < 0 or first + last >= len(blocks):
         raise ValueError(
             f"first_blocks={first} and last_blocks={last} must be 0 or more and leave one of {len(blocks)} blocks"
         )
-    names = {module: name for name, module in transformer.named_modules()}
     ends = {**{block: "first" for block in blocks[:first]}, **{block: "last" for block in blocks[len(blocks) - last :]}}
     return [Kept(re.escape(names[block]) + r"\..*", f"in one of the {end} blocks") for block, end in ends.items()]
 

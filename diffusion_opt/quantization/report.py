@@ -9,7 +9,7 @@ from torch import nn
 from diffusion_opt.evaluation.speed import weight_bytes
 from diffusion_opt.quantization.faster.replacement import EightBitLinear
 from diffusion_opt.quantization.packed.packing import PackedLinear
-from diffusion_opt.quantization.policy import policy_for
+from diffusion_opt.subjects import denoisers
 
 Kind = Literal["float", "simulated", "packed", "8-bit"]
 
@@ -26,7 +26,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class QuantizationReport:
-    """All linear layers of a transformer, in order; what `simulated` layers occupy is still full precision."""
+    """All linear layers of a pipeline's denoisers, in order; what `simulated` layers occupy is still full precision."""
 
     layers: tuple[LayerReport, ...]
 
@@ -57,9 +57,14 @@ class QuantizationReport:
 
 
 def quantization_report(pipe: DiffusionPipeline) -> QuantizationReport:
-    """Every linear layer of the pipeline's transformer. Raises ValueError for a family without a policy."""
-    policy_for(pipe.transformer)
-    layers = (_describe(name, module) for name, module in pipe.transformer.named_modules())
+    """Every linear layer of the pipeline's denoisers; of two of them, under the name of its network."""
+    networks = denoisers(pipe)
+    prefix = {name: f"{name}." if len(networks) > 1 else "" for name in networks}
+    layers = (
+        _describe(prefix[key] + name, module)
+        for key, network in networks.items()
+        for name, module in network.named_modules()
+    )
     return QuantizationReport(tuple(layer for layer in layers if layer is not None))
 
 

@@ -3,12 +3,15 @@
 import re
 
 import pytest
-from diffusers import FluxTransformer2DModel
+from diffusers import AllegroTransformer3DModel
 from peft import LoraConfig
 from small_transformers import small_transformer
+from tiny_pipelines import tiny_pipeline
 from torch import nn
 
+from diffusion_opt.models.block_stack import block_stack
 from diffusion_opt.quantization import choose, policy_for
+from diffusion_opt.quantization.families import repeated_blocks
 
 QUANTIZED = [
     "transformer_blocks.0.attn.to_q",
@@ -156,6 +159,57 @@ def test_every_pattern_of_the_policy_is_needed(family):
         assert kept.reason
 
 
+@pytest.mark.parametrize(
+    ("name", "kept_inside"),
+    [
+        ("flux", ("norm1.linear", "norm1_context.linear", "norm.linear")),
+        ("qwen-image", ("img_mod.1", "txt_mod.1")),
+        ("z-image", ("adaLN_modulation.0",)),
+        ("pixart", ()),
+        ("sana", ()),
+        ("hunyuan-video", ("norm1.linear", "norm1_context.linear", "norm.linear")),
+        ("hunyuan-video-1.5", ("norm1.linear", "norm1_context.linear")),
+        ("cogvideox", ("norm1.linear", "norm2.linear")),
+        ("wan-vace", ("proj_in", "proj_out")),
+    ],
+)
+def test_other_families_have_policies_too(name, kept_inside):
+    transformer = tiny_pipeline(name).transformer
+    choices = {choice.name: choice for choice in choose(transformer)}
+    blocks = tuple(f"{block}." for block in repeated_blocks(transformer))
+    assert all(n.startswith(blocks) for n, choice in choices.items() if choice.quantized)
+    kept = {n for n, choice in choices.items() if not choice.quantized and n.startswith(blocks)}
+    assert {n.split(".", 2)[2] for n in kept} == set(kept_inside)
+    for pattern in (kept.pattern for kept in policy_for(transformer).kept):
+        assert any(re.fullmatch(pattern, n) for n in choices) or "ofs" in pattern or "_refiner" in pattern, pattern
+
+
+def test_blocks_of_the_policy_are_those_of_the_step_caches():
+    for family in ("flux2", *BY_FAMILY):
+        transformer = small_transformer(family, blocks=4)
+        assert tuple(repeated_blocks(transformer).values()) == tuple(block_stack(transformer).blocks)
+
+
+def test_an_unknown_family_gets_a_general_policy_that_says_so():
+    allegro = AllegroTransformer3DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, caption_channels=16,
+        cross_attention_dim=24, sample_height=8, sample_width=8, sample_frames=4,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="AllegroTransformer3DModel has no quantization policy of its own: a general"):
+        choices = choose(allegro, last_blocks=1)
+    quantized = {choice.name for choice in choices if choice.quantized}
+    assert quantized and all(name.startswith("transformer_blocks.0.") for name in quantized)
+    assert not any("norm" in name or "embed" in name for name in quantized)
+    reasons = {choice.name: choice.reason for choice in choices}
+    assert reasons["proj_out"] == "outside the repeated blocks (general policy)"
+    assert policy_is_general(allegro)
+
+
+def policy_is_general(transformer: nn.Module) -> bool:
+    with pytest.warns(UserWarning):
+        return policy_for(transformer).general
+
+
 def test_skip_and_width_keep_more_with_their_reason(pipe):
     choices = {c.name: c.reason for c in choose(pipe.transformer, min_width=33, skip=(r".*\.ff_context\..*",))}
     assert choices["transformer_blocks.0.attn.to_q"] == "too narrow: 32 < 33"
@@ -163,14 +217,8 @@ def test_skip_and_width_keep_more_with_their_reason(pipe):
 
 
 def test_what_cannot_be_chosen_says_why(pipe):
-    with pytest.raises(ValueError, match=r"no quantization policy for Linear yet; there is one for Flux2Transf"):
+    with pytest.raises(ValueError, match=r"Linear has no quantization policy and no list of blocks .*Flux2Transf"):
         choose(nn.Linear(2, 2))
-    flux = FluxTransformer2DModel(
-        num_layers=1, num_single_layers=1, num_attention_heads=1, attention_head_dim=8, in_channels=4,
-        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="FluxTransformer2DModel"):
-        policy_for(flux)
     with pytest.raises(ValueError, match="'ff' matches no linear layer; their names are like"):
         choose(pipe.transformer, skip=("ff",))
     with pytest.raises(ValueError, match="not a regular expression"):

@@ -24,6 +24,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,12 +32,13 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from diffusion_opt.quantization.faster.replacement import EightBitLinear, layers_to_replace, put_back, replace
+from diffusion_opt.quantization.faster.replacement import EightBitLinear, exchange, layers_to_replace, put_back
 from diffusion_opt.quantization.policy import as_tuple
 
 Kernel = Literal["vnni", "portable"]
 VNNI = ("avx_vnni", "avx512_vnni", "amx_int8")  # torch's names of the instructions
 MIN_WIDTH: dict[Kernel, int] = {"vnni": 128, "portable": 192}  # narrower layers are slower in INT8 than in float32
+NAME = "dynamic INT8"
 SMALLEST_SCALE = 1e-37  # of activations: its inverse is still a float32
 
 
@@ -93,6 +95,13 @@ class DynamicInt8Linear(EightBitLinear):
         self.scales, self.bias = scales, bias
         self._zeros = torch.zeros(self.out_features, dtype=torch.int64)
         self._packed = self._pack(integers)
+
+    @property
+    def kind(self) -> str:
+        return "dynamic_int8"
+
+    def stored(self) -> dict[str, Tensor | None]:
+        return {"integers": self.integers(), "scales": self.scales, "bias": self.bias}
 
     @property
     def bits(self) -> int:
@@ -173,7 +182,7 @@ def _check_float_cpu(tensor: Tensor, what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DynamicInt8:
-    """Technique: the block linears of a transformer become `DynamicInt8Linear`s. CPU and float32 only; really faster.
+    """Technique: the block linears of all denoisers become `DynamicInt8Linear`s. CPU and float32 only; really faster.
 
     Which layers, the policy of the family says. With `reversible` the float layers are kept aside, out of the model and
     of its measured bytes but still in memory, and `remove` puts those very modules back; without it their memory is
@@ -192,20 +201,19 @@ class DynamicInt8:
     def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
         """Quantize in place and return the pipeline, unchanged if this raises.
 
-        Raises ValueError if the family has no policy, the model is not float32 on a CPU, is quantized already, or no
-        layer is left to quantize.
+        Raises ValueError if the model is not float32 on a CPU, is quantized already, is held by offloading, or no layer
+        is left to quantize.
         """
         kernel, _ = kernel_here()
         min_width = MIN_WIDTH[kernel] if self.min_width is None else self.min_width
         hint = f"; min_width=0 makes weights smaller, though hardly faster below {MIN_WIDTH[kernel]}"
-        layers = layers_to_replace(pipe.transformer, min_width, self.skip, hint=hint)
-        quantized = {name: DynamicInt8Linear(layer, kernel) for name, layer in layers.items()}
-        replace(pipe.transformer, quantized, self.reversible)
+        layers = partial(layers_to_replace, min_width=min_width, skip=self.skip, hint=hint)
+        exchange(pipe, NAME, layers, partial(DynamicInt8Linear, kernel=kernel), self.reversible)
         return pipe
 
     def remove(self, pipe: DiffusionPipeline) -> None:
         """Put the float layers back. Raises ValueError if there are none to put back."""
-        put_back(pipe.transformer, "dynamic INT8")
+        put_back(pipe, NAME)
 
     def describe(self) -> str:
         return "INT8 linears (real CPU kernel)"

@@ -18,6 +18,7 @@ layers that are limited by them; what a model gains must be timed on the GPU at 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -26,10 +27,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from diffusion_opt.kernels.gemm import STEP, QuantizedRows, quantize_rows, quantized_linear
-from diffusion_opt.quantization.faster.replacement import EightBitLinear, layers_to_replace, put_back, replace
+from diffusion_opt.quantization.exact import apply_keeping
+from diffusion_opt.quantization.faster.replacement import EightBitLinear, exchange, layers_to_replace, put_back
 from diffusion_opt.quantization.policy import as_tuple
+from diffusion_opt.subjects import denoisers
 
+NAME = "W8A8"
 NumberType = Literal["int8", "e4m3"]
+KINDS = {"dynamic_int8": "integers", "dynamic_e4m3": "codes"}  # the name of the codes in a saved pipeline
 TYPES: dict[NumberType, torch.dtype] = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 OLDEST: dict[NumberType, tuple[int, int]] = {"int8": (8, 0), "e4m3": (8, 9)}  # compute capability with such units
 
@@ -81,6 +86,13 @@ class W8A8Linear(EightBitLinear):
         return out.view(*x.shape[:-1], self.out_features)
 
     @property
+    def kind(self) -> str:
+        return f"dynamic_{self.numbers}"
+
+    def stored(self) -> dict[str, Tensor | None]:
+        return {KINDS[self.kind]: self.codes, "scales": self.scales, "bias": self.bias}
+
+    @property
     def numbers(self) -> NumberType:
         return next(name for name, dtype in TYPES.items() if dtype == self.codes.dtype)
 
@@ -98,14 +110,13 @@ class W8A8Linear(EightBitLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "W8A8Linear":
         """Moves with the model. Codes and scales are never cast: in another type they would be other numbers."""
-        bias = self.bias
-        super()._apply(lambda tensor: fn(tensor) if tensor is bias else fn(tensor).to(tensor.dtype), recurse)
+        apply_keeping(self, ("codes", "scales"), fn, recurse)
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class W8A8:
-    """Technique: the block linears of a transformer become `W8A8Linear`s.
+    """Technique: the block linears of all transformers become `W8A8Linear`s.
 
     Which layers, the policy of the family says; those whose features are no multiples of 16 stay as they are. With
     `require_fast` it refuses where this would not be faster. With `reversible` the float layers are kept aside, out of
@@ -128,20 +139,19 @@ class W8A8:
     def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
         """Quantize in place and return the pipeline, unchanged if this raises.
 
-        Raises ValueError if the family has no policy, the model is quantized already, no layer is left to quantize, or
+        Raises ValueError if the model is quantized already, is held by offloading, no layer is left to quantize, or
         this machine has no units for it.
         """
-        reason = obstacle(self.numbers, next(pipe.transformer.parameters()).device)
+        reason = obstacle(self.numbers, next(next(iter(denoisers(pipe).values())).parameters()).device)
         if self.require_fast and reason is not None:
             raise ValueError(f"{reason}; W8A8(require_fast=False) applies it for its accuracy alone")
-        layers = layers_to_replace(pipe.transformer, self.min_width, self.skip, multiple_of=STEP)
-        quantized = {name: W8A8Linear(layer, self.numbers) for name, layer in layers.items()}
-        replace(pipe.transformer, quantized, self.reversible)
+        layers = partial(layers_to_replace, min_width=self.min_width, skip=self.skip, multiple_of=STEP)
+        exchange(pipe, NAME, layers, partial(W8A8Linear, numbers=self.numbers), self.reversible)
         return pipe
 
     def remove(self, pipe: DiffusionPipeline) -> None:
         """Put the float layers back. Raises ValueError if there are none to put back."""
-        put_back(pipe.transformer, "W8A8")
+        put_back(pipe, NAME)
 
     def describe(self) -> str:
         return f"W8A8 linears ({self.numbers}, GPU kernel)"

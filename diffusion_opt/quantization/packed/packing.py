@@ -23,12 +23,16 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffusion_opt.models.fingerprint import same_model
 from diffusion_opt.quantization.arithmetic.fp8 import fp8
 from diffusion_opt.quantization.arithmetic.int8 import int8
+from diffusion_opt.quantization.exact import apply_keeping
 from diffusion_opt.quantization.formats import Format, Numbers
+from diffusion_opt.quantization.guards import NO_STATE_DICT, PACKED, close_doors, refuse_adapters, refuse_offloading
 from diffusion_opt.quantization.packed.encoding import Encoded, Shape, decode, encode, layout
 from diffusion_opt.quantization.simulation.cpu_backend import round_blocks
 from diffusion_opt.quantization.simulation.simulate import restore, simulated_formats
+from diffusion_opt.subjects import denoisers
 
 EXACT = ("codes", "scales", "range", "input_amax", "down", "up")  # never cast: another type would be another number
 OTHERS = ("smoothing", "bias")  # in the type that is computed in
@@ -91,15 +95,11 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Move to a device; a cast (`.half()`) reaches only what is computed with."""
-        before = {name: getattr(self, name) for name in EXACT}
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
-                setattr(self, name, tensor.to(getattr(self, name).device))
+        apply_keeping(self, EXACT, fn, recurse)
         return self
 
     def _save_to_state_dict(self, *_: Any) -> None:
-        raise RuntimeError("packed weights are saved with save_quantized(pipe, folder) and opened with load(folder)")
+        raise RuntimeError(NO_STATE_DICT.format(what="packed layers"))
 
 
 def rounded(x: Float[Tensor, "*b i"], numbers: Numbers, amax: Float[Tensor, ""] | None) -> Float[Tensor, "*b i"]:
@@ -114,20 +114,31 @@ def rounded(x: Float[Tensor, "*b i"], numbers: Numbers, amax: Float[Tensor, ""] 
 
 @torch.no_grad()
 def pack(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Replace each simulated linear of the pipeline's transformer by a `PackedLinear`; its float weight is gone.
+    """Replace each simulated linear of all denoisers by a `PackedLinear`; its float weight is gone.
 
     For a pipeline on which `PTQ` or training through it has acted. The output stays the same bit for bit, and there is
-    no way back. Raises ValueError, with the pipeline unchanged, if no layer is simulated.
+    no way back. Raises ValueError, with the pipeline unchanged, if a denoiser has no simulated layer, a LoRA is on it,
+    or offloading holds its layers.
     """
-    transformer = pipe.transformer
-    formats = simulated_formats(transformer)
+    networks = denoisers(pipe)
+    packed = {name: _packed_layers(network) for name, network in networks.items()}
+    for name, network in networks.items():
+        with same_model(network, "packed"):
+            restore(network)
+            for layer_name, layer in packed[name].items():
+                network.set_submodule(layer_name, layer)
+        close_doors(network, PACKED)
+    return pipe
+
+
+def _packed_layers(network: nn.Module) -> dict[str, PackedLinear]:
+    """The packed form of each simulated layer by name. Raises ValueError as `pack` does."""
+    formats = simulated_formats(network)
     if not formats:
         raise ValueError("nothing to pack: no layer is quantized in simulation; apply PTQ(format) first")
-    packed = {name: _packed(transformer.get_submodule(name), format) for name, format in formats.items()}
-    restore(transformer)
-    for name, layer in packed.items():
-        transformer.set_submodule(name, layer)
-    return pipe
+    refuse_adapters(network, "pack")
+    refuse_offloading(network, "pack the pipeline first and turn it on afterwards")
+    return {name: _packed(network.get_submodule(name), format) for name, format in formats.items()}
 
 
 def _packed(layer: nn.Linear, format: Format) -> PackedLinear:

@@ -14,6 +14,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from diffusion_opt.quantization.exact import apply_keeping
 from diffusion_opt.quantization.guards import follow_class
 
 Added = tuple[tuple[nn.Module, frozenset[str]], ...]  # modules, and the attributes that modelopt gave to each
@@ -28,10 +29,7 @@ def exact_range(quantizer: nn.Module) -> None:
 
 def _moved(quantizer: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """`nn.Module._apply` of a quantizer: its range goes to another device and keeps its type, the rest is cast too."""
-    exact = getattr(quantizer, "_amax", None)
-    type(quantizer)._apply(quantizer, fn, recurse)
-    if exact is not None and quantizer._amax.dtype != exact.dtype:
-        quantizer._amax = exact.to(quantizer._amax.device)
+    apply_keeping(quantizer, ("_amax",), fn, recurse)
     return quantizer
 
 

@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffusion_opt.models.fingerprint import forget, identity, remember
 from diffusion_opt.quantization.formats import Format, quant_config
 from diffusion_opt.quantization.guards import (
     FLOAT_SAVE,
@@ -107,6 +108,7 @@ def simulate_networks(
     fixed = [name for name, format in named.items() if format.static_input]
     if ranges != "max" and not fixed:
         raise ValueError(f"ranges={ranges!r} needs a format whose inputs have one fixed range, as int8 and fp8 have")
+    sources = {key: identity(network) for key, network in networks.items()}
     before = attributes(root)
     weights = {n: root.get_submodule(n).weight.detach().clone() for n, f in named.items() if f.changes_weights}
     try:
@@ -119,10 +121,11 @@ def simulate_networks(
         raise
     changed = added(root, before)
     for key, network in networks.items():
-        _remember(network, layers[key], changed, weights, prefix="" if alone else f"{key}.")
+        _keep(network, layers[key], changed, weights, prefix="" if alone else f"{key}.")
+        remember(network, sources[key], "simulated")
 
 
-def _remember(
+def _keep(
     network: nn.Module,
     layers: Mapping[str, Format],
     converted: Added,
@@ -159,6 +162,7 @@ def restore(transformer: nn.Module) -> None:
         raise ValueError("cannot remove modelopt's quantizers from this pipeline: they were not applied")
     delattr(transformer, UNDO)
     open_doors(transformer)
+    forget(transformer)
     undo(state.added, state.weights)
 
 

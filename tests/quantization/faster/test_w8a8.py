@@ -26,7 +26,7 @@ from diffusion_opt.quantization import (
 )
 from diffusion_opt.quantization.faster import w8a8
 from diffusion_opt.quantization.faster.w8a8 import TYPES
-from diffusion_opt.quantization.packed import storage
+from diffusion_opt.quantization.packed import network
 from diffusion_opt.recipes.ladder import fitted, obstacle
 from diffusion_opt.recipes.recipe import Recipe
 
@@ -179,7 +179,7 @@ def test_settings_are_checked_and_round_trip_through_json():
 @pytest.mark.parametrize("numbers", KINDS)
 def test_a_saved_pipeline_opens_to_the_fast_layer_of_the_machine(numbers, pipe, tmp_path, monkeypatch):
     anywhere(numbers).apply(pipe)
-    with pytest.raises(RuntimeError, match=r"save with save_quantized\(pipe, folder\)"):
+    with pytest.raises(ValueError, match=r"saved with save_quantized\(pipe, folder\)"):
         pipe.save_pretrained(tmp_path / "refused")
     save_quantized(pipe, tmp_path / "saved")
     opened = diffusion_opt.load(tmp_path / "saved")
@@ -192,10 +192,10 @@ def test_a_saved_pipeline_opens_to_the_fast_layer_of_the_machine(numbers, pipe, 
     else:
         assert error(generate(opened), generate(pipe)) < 0.1
     # What a GPU would hold, before it is moved there.
-    entry = storage._describe(origin)
-    tensors = {storage.EIGHT_BIT[entry["kind"]][0]: origin.codes, "scales": origin.scales}
+    entry = network._describe(origin)
+    tensors = {name: tensor for name, tensor in origin.stored().items() if tensor is not None}
     about = {key: value for key, value in entry.items() if key != "kind"}
-    there = storage._eight_bit(entry["kind"], about, tensors, on_cpu=False)
+    there = network._eight_bit(entry["kind"], about, tensors, cpu_kernel=False)
     x = torch.randn(3, origin.in_features)
     assert isinstance(there, W8A8Linear) and torch.equal(there(x), origin(x))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from quantization.pipelines import classes, error, generate, packed, small_pipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import diffusion_opt
@@ -44,8 +45,10 @@ def folder(saved, tmp_path) -> Path:
 def rewrite(folder: Path, change) -> None:
     """Change the tensors of a folder, and its checksums with them."""
     tensors = load_file(folder / WEIGHTS)
+    with safe_open(folder / WEIGHTS, "pt") as opened:
+        metadata = opened.metadata()
     change(tensors)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS, metadata)
     write_sums(folder)
 
 
@@ -151,17 +154,19 @@ def test_another_shape_and_another_type_are_named(folder):
 
 def test_another_format_than_the_stored_one_is_named(folder, saved):
     entry = {"num_bits": 8, "per": "channel", "block": None, "scale_bits": None}
-    rewrite_record(folder, lambda record: record["layers"][LAYER].update(weight=entry))
+    rewrite_record(folder, lambda record: record["networks"]["transformer"]["layers"][LAYER].update(weight=entry))
     with pytest.raises(ValueError, match=rf"{LAYER} does not fit .*codes .* must be torch.int8 \(32, 32\)"):
         load_quantized(folder)
-    rewrite_record(folder, lambda record: record["layers"][LAYER].update(weight=entry | {"num_bits": 6}))
+    rewrite_record(
+        folder, lambda record: record["networks"]["transformer"]["layers"][LAYER].update(weight=entry | {"num_bits": 6})
+    )
     with pytest.raises(ValueError, match=f"{LAYER} does not fit .*no packed form"):
         load_quantized(folder)
-    rewrite_record(folder, lambda record: record["layers"][LAYER].update(kind="gguf"))
+    rewrite_record(folder, lambda record: record["networks"]["transformer"]["layers"][LAYER].update(kind="gguf"))
     with pytest.raises(ValueError, match=f"{LAYER} does not fit .*no kind of layer"):
         load_quantized(folder)
-    rewrite_record(folder, lambda record: record.update(version=2))
-    with pytest.raises(CorruptFileError, match="is of version 2, this package reads version 1"):
+    rewrite_record(folder, lambda record: record.update(version=3))
+    with pytest.raises(CorruptFileError, match="is of version 3, this package reads version 2"):
         load_quantized(folder)
 
 
