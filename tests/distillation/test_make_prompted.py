@@ -48,7 +48,9 @@ def changed(student: DiffusionPipeline, subject: PromptedPipeline) -> bool:
     return any(not torch.equal(now[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize(("name", "rank"), [("flux2-klein", 4), ("wan", None), ("ltx2-cfg", 4)])
+@pytest.mark.parametrize(
+    ("name", "rank"), [("flux2-klein", 4), ("wan", None), pytest.param("ltx2-cfg", 4, marks=pytest.mark.slow)]
+)
 def test_two_steps_of_training_and_a_pipeline_that_opens(name: str, rank: int | None, tmp_path: Path) -> None:
     subject = subject_of(name)
     plan = StudentPlan(name, "dmd2", 4, lora_rank=rank, times=(1.0, 0.9, 0.8, 0.6))
