@@ -14,7 +14,7 @@ kernel (`int8_cpu.py`, `w8a8.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from diffusers import DiffusionPipeline
@@ -25,6 +25,7 @@ from diffusion_opt.quantization.policy import as_tuple, choose
 from diffusion_opt.quantization.simulation.calibration import run_or_classes, run_trajectories
 from diffusion_opt.quantization.simulation.simulate import UNDO, Ranges, restore, simulate_networks
 from diffusion_opt.subjects import Run, denoisers
+from diffusion_opt.training.settings import FREE
 
 RANGES = ("max", "percentile", "mse")
 
@@ -46,7 +47,7 @@ class PTQ:
     percentile: float = 99.99  # of sizes of inputs, for ranges="percentile"
     run: Run | None = None  # how the pipeline is sampled; None: all its classes, its own steps and guidance
     samples: int = 40
-    progress: bool = False
+    progress: bool = field(default=False, metadata=FREE)
 
     def __post_init__(self) -> None:
         for name in {self.format, *(self.layers or {}).values()}:

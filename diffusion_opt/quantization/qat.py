@@ -27,12 +27,13 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from diffusion_opt.models.fingerprint import identity
 from diffusion_opt.quantization.mixed.trajectory_points import (
     Generate,
     TrajectoryPoints,
@@ -70,8 +71,10 @@ class SelfDistillation:
     student: nn.Module
     teacher: DiffusionPipeline
     run: Run | Generate | None = None
+    techniques: Sequence[Quantization] = ()  # that made the student; told, so that another one is not resumed
 
     def __post_init__(self) -> None:
+        self.model = identity(only_denoiser(self.teacher)).describe()
         look = torch.Generator(self.teacher.device).manual_seed(0)
         points = trajectory_points(self.teacher, _FIRST_LOOK, look, self.run)
         self.passes = len(points) // _FIRST_LOOK  # of a sample
@@ -81,6 +84,12 @@ class SelfDistillation:
                 f"the student differs from its float self by {self.start_error:.1e} (relative), which is "
                 + ("nothing: quantize it first" if self.start_error <= _NOISE else "beyond repair: check its ranges")
             )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint is compared by beside the plain fields: the model, and every technique's options."""
+        named = {str(index): {"name": type(one).__name__, "of": one} for index, one in enumerate(self.techniques)}
+        return {"model": self.model, "technique": named}
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -114,14 +123,21 @@ def quantization_aware(
 
     The techniques are applied in order and stay on: the result is sampled as it is, and the weights are the average
     over training. `run` says how to sample the float pipeline (default: random classes, its own steps). Raises
-    ValueError if a technique refuses the pipeline, which is then as it was, if the pipeline has two transformers, or if
-    `out` holds another run.
+    ValueError if a technique refuses the pipeline, if the pipeline has two transformers, or if `out` holds the run of
+    another model, other techniques or other settings; the pipeline is then as it was.
     """
     only_denoiser(pipe)
     teacher = copy.deepcopy(pipe)
     teacher.transformer.requires_grad_(False)
-    apply_all(pipe, technique if isinstance(technique, Sequence) else [technique])
-    result = train(SelfDistillation(pipe.transformer, teacher, run), config, out, progress)
+    techniques = list(technique) if isinstance(technique, Sequence) else [technique]
+    apply_all(pipe, techniques)
+    try:
+        result = train(SelfDistillation(pipe.transformer, teacher, run, techniques), config, out, progress)
+    except BaseException:
+        for one in reversed(techniques):
+            one.remove(pipe)
+        pipe.transformer.load_state_dict(teacher.transformer.state_dict())
+        raise
     pipe.transformer.load_state_dict(result.ema.state_dict())
     return pipe
 

@@ -11,7 +11,16 @@ from peft import LoraConfig
 from tiny_pipelines import tiny_pipeline, tiny_run
 
 import diffusion_opt
-from diffusion_opt.quantization import PTQ, W8A8, Bfloat16, DynamicInt8, pack, quantization_report, save_quantized
+from diffusion_opt.quantization import (
+    PTQ,
+    W8A8,
+    Bfloat16,
+    DynamicInt8,
+    export_bfl,
+    pack,
+    quantization_report,
+    save_quantized,
+)
 from diffusion_opt.quantization.mixed.sensitivity import record_probe
 from diffusion_opt.quantization.simulation.simulate import simulated_formats
 
@@ -115,6 +124,12 @@ def test_the_probe_holds_only_the_times_it_was_asked_for():
     assert [len(points) for points in probe.values()] == [2, 2]
     with pytest.raises(ValueError, match=r"the passes of 2 samples do not fit into 0\.0 GiB"):
         record_probe(pipe, 2, torch.Generator().manual_seed(0), run=run, max_bytes=1000)
+
+
+@pytest.mark.parametrize(("name", "message"), [("sd3", "does not open a checkpoint of SD3"), ("wan2.2", "two trans")])
+def test_what_diffusers_could_not_open_is_not_exported(name, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_bfl(tiny_pipeline(name), tmp_path)
 
 
 def add_lora(pipe: DiffusionPipeline) -> None:

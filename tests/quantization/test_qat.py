@@ -164,5 +164,19 @@ def test_what_cannot_be_trained_is_refused_and_undone(pipe, tmp_path):
         quantization_aware(pipe, W4A4, CONFIG, tmp_path, progress=False)
 
 
+@pytest.mark.parametrize("change", ["model", "format"])
+def test_the_folder_of_another_run_is_refused_with_both_names(change, pipe, tmp_path):
+    quantization_aware(two_step_pipeline(), W4A4, CONFIG, tmp_path, progress=False)
+    if change == "model":
+        with torch.no_grad():  # in a block, where the embedders do not tell
+            pipe.transformer.transformer_blocks[0].ff.linear_in.weight[0, 0] += 1
+    technique = W4A4 if change == "model" else PTQ("nvfp4", **QUICK)
+    images = generate(pipe, guidance=1.0)
+    names = {"model": r"model=[0-9a-f]{16}, now [0-9a-f]{16}", "format": "format=w4a4, now nvfp4"}[change]
+    with pytest.raises(ValueError, match=f"was trained with .*{names}"):
+        quantization_aware(pipe, technique, CONFIG, tmp_path, progress=False)
+    assert torch.equal(generate(pipe, guidance=1.0), images)
+
+
 def test_the_default_budget_counts_cpu_time():
     assert (QAT.clock, QAT.minutes) == ("process", 2)

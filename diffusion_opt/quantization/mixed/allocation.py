@@ -23,8 +23,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffusion_opt.models.fingerprint import fingerprint
+from diffusion_opt.models.fingerprint import identity
 from diffusion_opt.quantization.mixed.sensitivity import FLOAT, LayerSensitivity, Probe, SensitivityTable, joint_error
+from diffusion_opt.quantization.mixed.trajectory_points import only_denoiser
 
 Measure = Literal["weight_bits", "bit_operations"]
 MEASURES: dict[Measure, Callable[[LayerSensitivity, str], int]] = {
@@ -140,7 +141,7 @@ def compare_with_uniform(
     Take a probe that the table was not made from. The mixture may use `formats` (default: all of the table) and float.
     Raises ValueError for a table of another model.
     """
-    if (found := fingerprint(pipe.transformer)) != table.model:
+    if (found := identity(only_denoiser(pipe)).model) != table.model:
         raise ValueError(f"this table is of model {table.model}, the pipeline holds {found}: measure it again")
     contests = []
     for format in _known(table, at):

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusion_opt.datasets.writing import read_json, write_json
-from diffusion_opt.models.fingerprint import fingerprint
+from diffusion_opt.models.fingerprint import identity
 from diffusion_opt.quantization.formats import Format, format_named
 from diffusion_opt.quantization.mixed.trajectory_points import (
     MAX_BYTES,
@@ -265,7 +265,7 @@ def sensitivity(
         for group, names in groups.items()
     )
     num_points = sum(len(points) for points in probe.values())
-    return SensitivityTable(fingerprint(transformer), tuple(formats), tuple(probe), num_points, found)
+    return SensitivityTable(identity(transformer).model, tuple(formats), tuple(probe), num_points, found)
 
 
 def _simulated_copy(transformer: nn.Module, layers: Mapping[str, Format], probe: Probe) -> nn.Module:

@@ -32,6 +32,7 @@ from diffusion_opt.datasets.writing import write_tensors
 from diffusion_opt.kernels.quantizers.formats import NVFP4_MAX
 from diffusion_opt.models.zoo import forget_origin
 from diffusion_opt.quantization.formats import FORMATS, Numbers
+from diffusion_opt.quantization.mixed.trajectory_points import only_denoiser
 from diffusion_opt.quantization.packed.packing import PackedFormat, PackedLinear
 
 NVFP4, FP8 = FORMATS["nvfp4"].weight, FORMATS["fp8"].weight
@@ -39,13 +40,23 @@ FP8_ROWS = Numbers((4, 3), "channel")  # of published checkpoints
 FP8_TOKENS = Numbers((4, 3), "token")  # what diffusers rounds their inputs to on a GPU
 
 
+READ = (
+    "Flux2Transformer2DModel",
+    "WanTransformer3DModel",
+    "LTXVideoTransformer3DModel",
+    "LTX2VideoTransformer3DModel",
+)
+
+
 def export_bfl(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     """Write the transformer of a packed pipeline for diffusers' `from_single_file`; returns the file of weights.
 
     Beside it lies the configuration that `from_single_file` is to be given, and `SHA256SUMS`. Raises ValueError naming
-    the first layer that the layout cannot hold, or if no layer is packed.
+    the first layer that the layout cannot hold, if no layer is packed, if the pipeline has two transformers, or for a
+    class that diffusers does not open so.
     """
-    folder, transformer = Path(folder), pipe.transformer
+    folder, transformer = Path(folder), only_denoiser(pipe)
+    _check_class(type(transformer))
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, PackedLinear)}
     if not layers:
         raise ValueError("no layer of this pipeline is packed: call pack(pipe) after PTQ")
@@ -60,6 +71,15 @@ def export_bfl(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     write_tensors(file, tensors)
     write_sums(folder)
     return file
+
+
+def _check_class(transformer_class: type) -> None:
+    """Raise ValueError for a class whose checkpoints diffusers does not open from one file under its own names."""
+    if transformer_class.__name__ not in READ:
+        raise ValueError(
+            f"diffusers does not open a checkpoint of {transformer_class.__name__} under the names of its own layers; "
+            f"it does of {', '.join(READ)}. save_quantized(pipe, folder) holds any pipeline"
+        )
 
 
 def _published(name: str, layer: PackedLinear) -> dict[str, Tensor]:
@@ -86,6 +106,7 @@ def load_published(
     for a file without quantized layers or with layers of another shape than the configuration's.
     """
     file = Path(file)
+    _check_class(transformer_class)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: give the checkpoint's own file, a .safetensors")
     transformer = transformer_class.from_single_file(
