@@ -75,6 +75,7 @@ def matching(**options: Any) -> Callable[[Method], Method]:
     return with_build(build)
 
 
+SCM_BY_DIFFERENCES = with_build(builders.flow_map_with(replace(SETTINGS["scm"], hop="difference")))
 FEW_ENDS = with_build(builders.flow_map_with(replace(SETTINGS["flow_map"], share_end=0.11, share_same=0.59)))
 ROWS = (
     Row("flow_map", "flow_map", 4),
@@ -92,7 +93,7 @@ ROWS = (
     Row("f_distill from ode, 1 step", "f_distill", 1, "ode"),
     Row("sid from ode, 1 step", "sid", 1, "ode"),
     Row("mean_flow by differences", "mean_flow_difference", 4),
-    Row("scm by differences", "scm", 4, vary=with_build(builders.by_differences("scm"))),
+    Row("scm by differences", "scm", 4, vary=SCM_BY_DIFFERENCES),
     Row("flow_map, 11 % of jumps to 0", "flow_map", 4, None, "failure", vary=FEW_ENDS),
     Row("dmd2, guidance 4", "dmd2", 1, "ode", "failure", guidance=4.0, vary=matching()),
     Row("rcm from flow_map, 4 steps", "rcm", 4, "flow_map"),

@@ -86,6 +86,8 @@ def distill(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     accumulate: int | None = None,
     shard: bool = False,
+    set: tuple[str, ...] = (),
+    plugin: tuple[str, ...] = (),
     seed: int = 0,
     checkpoint_seconds: float = 60.0,
     out: Path | None = None,
@@ -107,6 +109,7 @@ def distill(
         mean_flow_difference: the same by a difference over 0.02 of time, which is stable there.
         mean_flow_data: the exact one, taught by the images and not by the teacher.
         consistency: jumps from any time to the picture, taught by the teacher's short hops.
+        tcm: a consistency student goes on, for the noisy part of time alone; one step.
         consistency_training: the same, with hops along the images and not along the teacher's path.
         scm: consistency in the limit of short hops, its tangent scaled; unstable on FLUX.2 likewise.
         lcm: consistency with the guidance scale as an input of the student.
@@ -116,6 +119,7 @@ def distill(
         dmd2_gan: the same, with a discriminator that sees real pictures.
         f_distill: the same, with weights that make it descend the forward KL and so cover modes.
         sid: descends the difference of the two scores itself, through both networks.
+        sida: sid with a discriminator that sees real pictures.
         ladd: a discriminator on the teacher's features alone, student against real pictures.
         rcm: distribution matching and a loss along the teacher's path together.
 
@@ -149,6 +153,8 @@ def distill(
         dtype: in which the teacher is opened; auto: as it is stored. Class-conditional models compute in float32.
         accumulate: micro-batches a step, over all processes.
         shard: share whole networks in training among the processes.
+        set: settings of the method's own, as name=value: --set alpha=1.2 warmup=100 gan.r1_weight=100.
+        plugin: modules, or .py files, that bring methods of their own; see `diffusion_opt/plugins.py`.
         seed: of trajectories and batches.
         checkpoint_seconds: time between two checkpoints; 0: after each step.
         out: working folder; default runs/<teacher>-<steps>step-<method>, see the last line of the output.
@@ -162,11 +168,14 @@ def distill(
     from diffusion_opt.distillation.methods import PAIRS, method_named
     from diffusion_opt.distillation.opening import Samples, open_subject, preset_for
     from diffusion_opt.distillation.starts import pairs_folder, usual_folder, with_start
+    from diffusion_opt.plugins import load_plugins
     from diffusion_opt.training import process_group
 
+    load_plugins(plugin)
     name, chosen = method.replace("-", "_"), method_named(method)
     plan = StudentPlan(teacher, name, steps, guidance, start, None, data_limit, classes, lora)
     plan = replace(plan, guidance_interval=guidance_interval, fake_updates=fake_updates, times=times or None)
+    plan = replace(plan, method_settings=_settings(set))
     subject = open_subject(
         teacher, _texts(prompts), Samples(latents, pictures), device, dtype, guidance_scale=guidance, height=height,
         width=width, num_frames=num_frames, negative_prompt=negative_prompt,
@@ -206,6 +215,13 @@ def _texts(prompts: tuple[str, ...]) -> tuple[str, ...]:
     if not (texts := tuple(line.strip() for line in lines if line.strip())):
         raise ValueError(f"--prompts {prompts[0]} is a file without a line of text")
     return texts
+
+
+def _settings(given: tuple[str, ...]) -> dict[str, str]:
+    """Names and values of `--set`. Raises ValueError for anything but name=value."""
+    if wrong := [text for text in given if not text.partition("=")[0] or "=" not in text]:
+        raise ValueError(f"--set takes name=value, got {wrong[0]!r}")
+    return {name.replace("-", "_"): value for name, _, value in (text.partition("=") for text in given)}
 
 
 def _end(status: int) -> None:

@@ -8,7 +8,7 @@ picture and noises it again.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from diffusion_opt.distillation.distribution import (
     AdversarialDistillation,
     DistributionMatching,
     FeatureHeads,
+    MatchSettings,
     RegularizedMatching,
     ScoreIdentity,
 )
@@ -32,6 +33,8 @@ from diffusion_opt.distillation.trajectory import (
     OdePairs,
     ProgressiveDistillation,
     Reflow,
+    TruncatedConsistency,
+    TruncatedSettings,
     train_progressively,
 )
 from diffusion_opt.flow import ALL_TIMES, SAMPLERS, VelocityModel, randn, sampling_times
@@ -57,6 +60,7 @@ class Task:
     fake: nn.Module | None = None  # the fake score, where it shares a base with the student
     guidance_interval: tuple[float, float] = ALL_TIMES  # times at which guidance counts
     fake_updates: int | None = None  # of the critic between two of the student; None: the method's own
+    settings: Any = None  # of the method, a frozen dataclass; None: it has none
     seed: int = 0
 
     @property
@@ -118,22 +122,13 @@ def guidance(task: Task) -> GuidanceDistillation:
     return GuidanceDistillation(task.student, task.network, task.data, (task.guidance, task.guidance))
 
 
-def flow_map(name: str) -> Callable[[Task], FlowMapDistillation]:
-    """The builder of a setting of the flow-map identity."""
-    return flow_map_with(METHODS[name])
-
-
-def by_differences(name: str) -> Callable[[Task], FlowMapDistillation]:
-    """The builder of a limit of the identity whose derivative is taken over 0.02 of time.
-
-    FLUX.2 embeds 1000 t, so below some 0.005 of time the network has waves that training never smoothed: the exact
-    derivative follows them and the run diverges (row "mean_flow" of `benchmarks/distillation_methods.py`).
-    """
-    return flow_map_with(replace(METHODS[name], hop="difference"))
+def flow_map(task: Task) -> FlowMapDistillation:
+    """The flow-map identity with the settings of the task."""
+    return flow_map_with(task.settings)(task)
 
 
 def flow_map_with(settings: FlowMapSettings) -> Callable[[Task], FlowMapDistillation]:
-    """The builder of settings that have no name."""
+    """The builder of these settings, whatever those of the task."""
 
     def build(task: Task) -> FlowMapDistillation:
         teacher = task.teacher if settings.guidance is None else task.network
@@ -155,52 +150,76 @@ def halve(task: Task, config: TrainConfig, out: Path, progress: bool) -> dict[in
     return train_progressively(task.teacher, task.student, task.data, stages, config, out, progress)
 
 
+def truncated(task: Task) -> TruncatedConsistency:
+    """The second stage of a consistency student; the first one is the student as it starts."""
+    first = copy.deepcopy(task.student).eval().requires_grad_(False)
+    settings: TruncatedSettings = task.settings
+    return TruncatedConsistency(
+        task.student, task.teacher, task.data, settings.flow_map, first=first, truncated=settings
+    )
+
+
 def matching(task: Task) -> DistributionMatching:
-    return DistributionMatching(**_matching(task))
+    return DistributionMatching(**matching_options(task))
 
 
 def score_identity(task: Task) -> ScoreIdentity:
-    return ScoreIdentity(**_matching(task))
+    return ScoreIdentity(**matching_options(task))
 
 
-def matching_with_head(divergence: str) -> Callable[[Task], DistributionMatching]:
-    """The builder of DMD2 with its GAN head, or of f-distill."""
+def score_identity_with_head(task: Task) -> ScoreIdentity:
+    """SiDA."""
+    return ScoreIdentity(**head_options(task))
 
-    def build(task: Task) -> DistributionMatching:
-        if task.lora is not None:
-            raise ValueError("the GAN head reads the fake score's blocks; with LoRA it has none of its own: use dmd2")
-        options = _matching(task)
-        head = FeatureHeads.of(options["fake_score"], task.subject.sample_shape, task.subject.conditions)
-        return DistributionMatching(**options, head=head, data=task.data, divergence=divergence)
 
-    return build
+def matching_with_head(task: Task) -> DistributionMatching:
+    """DMD2 with its GAN head, or f-distill, as the divergence of the settings says."""
+    return DistributionMatching(**head_options(task))
 
 
 def regularized(task: Task) -> RegularizedMatching:
     """The loss along the path is that of the family the student belongs to."""
-    trajectory = flow_map("flow_map" if task.two_time else "consistency")(task)
-    return RegularizedMatching(**_matching(task), trajectory=trajectory.losses)
+    trajectory = flow_map_with(METHODS["flow_map" if task.two_time else "consistency"])(task)
+    return RegularizedMatching(**matching_options(task), trajectory=trajectory.losses)
 
 
 def adversarial(task: Task) -> AdversarialDistillation:
     head = FeatureHeads.of(task.network, task.subject.sample_shape, task.subject.conditions)
-    return AdversarialDistillation(**_rollout(task), network=task.network, head=head, data=task.data)
+    return AdversarialDistillation(**rollout_options(task), network=task.network, head=head, data=task.data)
 
 
-def _rollout(task: Task) -> dict[str, Any]:
+def rollout_options(task: Task) -> dict[str, Any]:
+    """What every method with a `StudentRollout` is built from: the student, its ladder, and the method's settings."""
     updates = {} if task.fake_updates is None else {"fake_updates": task.fake_updates}
-    return updates | {
-        "student": task.student,
-        "sample_shape": task.subject.sample_shape,
-        "conditions": task.subject.conditions,
-        "times": task.times or (ladder(task.steps) if task.two_time else RENOISED[task.steps]),
-        "between": "jump" if task.two_time else "noise",
-    }
+    own = task.settings.options() if isinstance(task.settings, MatchSettings) else {}
+    return (
+        updates
+        | own
+        | {
+            "student": task.student,
+            "sample_shape": task.subject.sample_shape,
+            "conditions": task.subject.conditions,
+            "times": task.times or (ladder(task.steps) if task.two_time else RENOISED[task.steps]),
+            "between": "jump" if task.two_time else "noise",
+        }
+    )
 
 
-def _matching(task: Task) -> dict[str, Any]:
-    return _rollout(task) | {
+def matching_options(task: Task) -> dict[str, Any]:
+    """The same for `DistributionMatching` and what derives from it: with the teacher and a fake score."""
+    return rollout_options(task) | {
         "reference": task.reference(),
         "teacher": task.teacher,
         "fake_score": task.fake_score(),
     }
+
+
+def head_options(task: Task) -> dict[str, Any]:
+    """The same with a GAN head on the fake score and real pictures. Raises ValueError for adapters."""
+    if task.lora is not None:
+        raise ValueError("the GAN head reads the fake score's blocks; with LoRA it has none of its own: use dmd2")
+    options = matching_options(task)
+    head = FeatureHeads.of(options["fake_score"], task.subject.sample_shape, task.subject.conditions)
+    if options.get("bins") is not None:
+        options["bins"].to(next(head.parameters()).device)
+    return options | {"head": head, "data": task.data}

@@ -30,7 +30,7 @@ from diffusion_opt.models.fingerprint import identity
 from diffusion_opt.subjects import Beginning, ClassConditional, Sampling, Subject, denoisers
 from diffusion_opt.training import TrainConfig, TrainResult, is_sharded, processes, train
 from diffusion_opt.training.lora import Adapted, LoraSettings, adapters, merged, save_lora, without_adapters
-from diffusion_opt.training.settings import not_finite, settings_of
+from diffusion_opt.training.settings import changed, not_finite, settings_of
 
 # Measured results: the model's card, data/models/<name>/README.md.
 TEACHERS = {
@@ -168,6 +168,7 @@ def task_for(
         fake=fake,
         guidance_interval=plan.guidance_interval,
         fake_updates=plan.fake_updates,
+        settings=changed(method.settings, plan.method_settings),
         seed=seed,
     )
 

@@ -18,11 +18,13 @@ in `benchmarks/results/distillation_methods.json`.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from diffusion_opt.distillation import builders as build
 from diffusion_opt.distillation.builders import RENOISED, Task
-from diffusion_opt.distillation.trajectory import PairConfig
+from diffusion_opt.distillation.distribution import AdversarialSettings, HeadSettings, IdentitySettings, MatchSettings
+from diffusion_opt.distillation.trajectory import METHODS as SETTINGS
+from diffusion_opt.distillation.trajectory import PairConfig, TruncatedSettings
 from diffusion_opt.training import Distiller, TrainConfig, TrainResult, train
 
 PAIRS = PairConfig(num_pairs=10_240, guidance_scale=2.0, num_rungs=4, num_steps=12)
@@ -44,6 +46,7 @@ class Method:
     stages: bool = False  # halves the steps from 8 on, a run for each
     guided: bool = True  # learns from the guided teacher; else a guidance scale does nothing and is refused
     adapts: bool = True  # trains adapters too; an exact derivative in time does not go through them
+    settings: Any = None  # its own, a frozen dataclass that holds the defaults; None: nothing can be changed
 
     def fit(
         self, task: Task, config: TrainConfig, out: Path, progress: bool, distiller: Distiller | None = None
@@ -59,10 +62,10 @@ class Method:
 
 ALONG_PATH = TrainConfig(minutes=10, learning_rate=5e-4, warmup_steps=50, ema_decay=0.998)
 MATCHING = TrainConfig(minutes=8, learning_rate=2e-4, warmup_steps=50, ema_decay=0.98, betas=(0.0, 0.99))
-_LONG = replace(ALONG_PATH, minutes=45)
-_JUMPS = {"presets": dict.fromkeys((1, 2, 4, 8), _LONG), "network": "two times", "sampling": "any"}
-_TO_PICTURE = {"presets": dict.fromkeys(RENOISED, _LONG), "sampling": "renoise"}
-_MATCH = {
+LONG = replace(ALONG_PATH, minutes=45)
+JUMPS = {"presets": dict.fromkeys((1, 2, 4, 8), LONG), "network": "two times", "sampling": "any"}
+TO_PICTURE = {"presets": dict.fromkeys(RENOISED, LONG), "sampling": "renoise"}
+MATCH = {
     "presets": dict.fromkeys(RENOISED, MATCHING),
     "network": "start",
     "sampling": "start",
@@ -96,7 +99,7 @@ METHODS: dict[str, Method] = {
     "progressive": Method(
         summary="half as many steps with each stage, 8, 4, 2, 1; all students of the way are kept",
         kind="trajectory",
-        presets={8: ALONG_PATH, 4: replace(_LONG, minutes=20), 2: replace(_LONG, minutes=30), 1: _LONG},
+        presets={8: ALONG_PATH, 4: replace(LONG, minutes=20), 2: replace(LONG, minutes=30), 1: LONG},
         build=build.progressive,
         images="noised",
         stages=True,
@@ -104,114 +107,157 @@ METHODS: dict[str, Method] = {
     "flow_map": Method(
         "jumps between any two times: one student for 1, 2, 4 and more steps",
         "trajectory",
-        build=build.flow_map("flow_map"),
+        build=build.flow_map,
+        settings=SETTINGS["flow_map"],
         images="noised",
-        **_JUMPS,
+        **JUMPS,
     ),
     "shortcut": Method(
         "a flow map that learns each jump from two of its own, half as long",
         "trajectory",
-        build=build.flow_map("shortcut"),
+        build=build.flow_map,
+        settings=SETTINGS["shortcut"],
         images="noised",
-        **_JUMPS,
+        **JUMPS,
     ),
     "mean_flow": Method(
         "a flow map in the limit of short hops, by an exact derivative, which is unstable on FLUX.2",
         "trajectory",
-        build=build.flow_map("mean_flow"),
+        build=build.flow_map,
+        settings=SETTINGS["mean_flow"],
         images="noised",
         adapts=False,
-        **_JUMPS,
+        **JUMPS,
     ),
     "mean_flow_difference": Method(
         "the same by a difference over 0.02 of time, which is stable there",
         "trajectory",
-        build=build.by_differences("mean_flow_difference"),
+        build=build.flow_map,
+        settings=SETTINGS["mean_flow_difference"],
         images="noised",
-        **_JUMPS,
+        **JUMPS,
     ),
     "mean_flow_data": Method(
         "the exact one, taught by the images and not by the teacher",
         "trajectory",
-        build=build.flow_map("mean_flow_data"),
+        build=build.flow_map,
+        settings=SETTINGS["mean_flow_data"],
         images="learned",
         guided=False,
         adapts=False,
-        **_JUMPS,
+        **JUMPS,
     ),
     "consistency": Method(
         "jumps from any time to the picture, taught by the teacher's short hops",
         "trajectory",
-        build=build.flow_map("consistency"),
+        build=build.flow_map,
+        settings=SETTINGS["consistency"],
         images="noised",
-        **_TO_PICTURE,
+        **TO_PICTURE,
+    ),
+    "tcm": Method(
+        "a consistency student goes on, for the noisy part of time alone; one step",
+        "trajectory",
+        presets={1: replace(LONG, minutes=20)},
+        build=build.truncated,
+        settings=TruncatedSettings(),
+        network="start",
+        sampling="start",
+        images="noised",
+        starts={1: "consistency"},
     ),
     "consistency_training": Method(
         "the same, with hops along the images and not along the teacher's path",
         "trajectory",
-        build=build.flow_map("consistency_training"),
+        build=build.flow_map,
+        settings=SETTINGS["consistency_training"],
         images="learned",
         guided=False,
-        **_TO_PICTURE,
+        **TO_PICTURE,
     ),
     "scm": Method(
         "consistency in the limit of short hops, its tangent scaled; unstable on FLUX.2 likewise",
         "trajectory",
-        build=build.flow_map("scm"),
+        build=build.flow_map,
+        settings=SETTINGS["scm"],
         images="noised",
         adapts=False,
-        **_TO_PICTURE,
+        **TO_PICTURE,
     ),
     "lcm": Method(
         "consistency with the guidance scale as an input of the student",
         "trajectory",
-        build=build.flow_map("lcm"),
+        build=build.flow_map,
+        settings=SETTINGS["lcm"],
         images="noised",
         network="guidance",
-        **_TO_PICTURE,
+        **TO_PICTURE,
     ),
     "dmd2": Method(
         "moves the student's distribution to the teacher's; a fake score follows the student",
         "distribution",
         build=build.matching,
-        **_MATCH,
+        settings=MatchSettings(),
+        **MATCH,
     ),
     "dmd2_gan": Method(
         "the same, with a discriminator that sees real pictures",
         "distribution",
-        build=build.matching_with_head("reverse_kl"),
+        build=build.matching_with_head,
+        settings=HeadSettings(),
         images="learned",
-        **_MATCH,
+        **MATCH,
     ),
     "f_distill": Method(
         "the same, with weights that make it descend the forward KL and so cover modes",
         "distribution",
-        build=build.matching_with_head("kl"),
+        build=build.matching_with_head,
+        settings=HeadSettings(divergence="kl"),
         images="learned",
-        **_MATCH,
+        **MATCH,
     ),
     "sid": Method(
         "descends the difference of the two scores itself, through both networks",
         "distribution",
         build=build.score_identity,
-        **_MATCH,
+        settings=IdentitySettings(),
+        **MATCH,
+    ),
+    "sida": Method(
+        "sid with a discriminator that sees real pictures",
+        "distribution",
+        build=build.score_identity_with_head,
+        settings=IdentitySettings(),
+        images="learned",
+        **MATCH,
     ),
     "ladd": Method(
         "a discriminator on the teacher's features alone, student against real pictures",
         "distribution",
         build=build.adversarial,
+        settings=AdversarialSettings(),
         images="learned",
         guided=False,
-        **_MATCH,
+        **MATCH,
     ),
     "rcm": Method(
         "distribution matching and a loss along the teacher's path together",
         "distribution",
         build=build.regularized,
+        settings=MatchSettings(),
         images="noised",
-        **{**_MATCH, "starts": dict.fromkeys(RENOISED, "flow_map")},
+        **{**MATCH, "starts": dict.fromkeys(RENOISED, "flow_map")},
     ),
 }
+
+
+def register(name: str, method: Method) -> None:
+    """Add a method from outside, see `diffusion_opt.plugins`. Raises ValueError for a name that is taken or no word."""
+    if not name.isidentifier() or name != name.lower():
+        raise ValueError(f"a method's name is a lower-case word with underscores, got {name!r}")
+    if METHODS.get(name, method) != method:
+        raise ValueError(f"there is a method {name!r} already: choose another name")
+    METHODS[name] = method
 
 
 def method_named(name: str) -> Method:

@@ -5,7 +5,9 @@ interval of times nothing without guidance, a ladder of times nothing for a stud
 refused before anything is loaded, because a record that names an option says that it was followed.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any
 
 from diffusion_opt.distillation.builders import RENOISED, ladder
 from diffusion_opt.distillation.methods import PAIRS, Method, method_named
@@ -15,6 +17,7 @@ from diffusion_opt.flow.velocity import check_interval
 from diffusion_opt.subjects import Sampling, Subject
 from diffusion_opt.subjects.class_conditional import GUIDANCE_RANGE
 from diffusion_opt.subjects.subject import check_ladder
+from diffusion_opt.training.settings import changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class StudentPlan:
     guidance_interval: tuple[float, float] = ALL_TIMES  # times at which guidance counts, see `Guided`
     fake_updates: int | None = None  # of the critic between two of the student; None: the method's own
     times: tuple[float, ...] | None = None  # at which the student is trained and sampled; None: the method's own
+    method_settings: dict[str, Any] = field(default_factory=dict)  # what is changed of the method, by name
 
     def __post_init__(self) -> None:
         method = method_named(self.method)
@@ -52,6 +56,11 @@ class StudentPlan:
             raise ValueError(f"num_images must be at least 1, got {self.num_images}")
         if self.lora_rank is not None and not method.adapts:
             raise ValueError(f"{self.method} takes an exact derivative, which adapters do not have: train all weights")
+        if self.method_settings and method.settings is None:
+            raise ValueError(f"{self.method} has no settings of its own, got {', '.join(self.method_settings)}")
+        made = changed(method.settings, self.method_settings)  # what was text is recorded as the value that it became
+        values = {name: attrgetter(name)(made) for name in sorted(self.method_settings)}
+        object.__setattr__(self, "method_settings", values)
         _check_guidance(self, method)
         if self.times is not None:
             if method.sampling != "start":

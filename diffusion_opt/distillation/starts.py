@@ -26,7 +26,7 @@ from diffusion_opt.training import TrainConfig, processes
 
 def usual_folder(plan: StudentPlan, runs: Path, subject: Subject | None = None) -> Path:
     """`<teacher>-<steps>step[-<method>]`, or `<teacher>-<method>` for a student of any number of steps; both with the
-    guidance scale behind if it is not the teacher's own.
+    guidance scale behind if it is not the teacher's own, and the settings of the method that are changed.
     """
     method = method_named(plan.method)
     name = plan.method.replace("_", "-")
@@ -35,7 +35,8 @@ def usual_folder(plan: StudentPlan, runs: Path, subject: Subject | None = None) 
         parts.append(f"{plan.steps}step")
     if plan.method != "ode":
         parts.append(name)
-    return runs / "-".join([*parts, *_scale(plan, subject)])
+    own = [f"{name}={value}".replace(" ", "") for name, value in plan.method_settings.items()]
+    return runs / "-".join([*parts, *_scale(plan, subject), *own])
 
 
 def pairs_folder(plan: StudentPlan, runs: Path, subject: Subject | None = None) -> Path:

@@ -7,9 +7,10 @@ itself (`init=False`) do not; a dataclass in a field is read in the same way. A 
 change between two calls. A method that is no dataclass may give its settings as a dictionary named `settings`.
 """
 
+import ast
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,39 @@ def settings_of(method: object) -> dict[str, Any]:
     given = getattr(method, "settings", None)
     flat = dict(_flat("", given)) if isinstance(given, Mapping) else {}
     return {"class": type(method).__qualname__} | flat | dict(_flat("", method))
+
+
+def changed(settings: Any, values: Mapping[str, object]) -> Any:
+    """A frozen dataclass of settings with some of them changed, by name; "gan.r1_weight" is one of a part.
+
+    A value may be text, as it comes from a command line: "0.5", "(4, 64)", "huber". Raises ValueError for a name that
+    is not there or a value of another kind than the setting has; the dataclass checks the rest itself.
+    """
+    for name, value in values.items():
+        head, _, rest = name.partition(".")
+        if not is_dataclass(settings) or head not in (names := [field.name for field in fields(settings)]):
+            there = "none" if not is_dataclass(settings) else ", ".join(names)
+            raise ValueError(f"there is no setting {name!r}; there are {there}")
+        old = getattr(settings, head)
+        new = changed(old, {rest: value}) if rest else _as_kind(old, value, name)
+        settings = replace(settings, **{head: new})
+    return settings
+
+
+def _as_kind(old: object, value: object, name: str) -> object:
+    """A value of the kind of `old`: text is read as a Python literal where `old` is no text."""
+    if isinstance(value, str) and not isinstance(old, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{name} must be of the kind of {old!r}, got {value!r}") from None
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, list):
+        value = tuple(value)
+    if old is not None and value is not None and type(value) is not type(old):
+        raise ValueError(f"{name} must be of the kind of {old!r}, got {value!r}")
+    return value
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

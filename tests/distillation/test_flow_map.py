@@ -355,3 +355,29 @@ def test_the_first_hop_of_ratio_times_is_longer_than_the_papers():
     assert ratio_times(t, 0).item() == pytest.approx(0.45, abs=1e-3)
     sigma = 9.0 * (1 - (1 + 8 * torch.sigmoid(torch.tensor(-9.0)).item()) / 2)
     assert sigma / (1 + sigma) == pytest.approx(0.818, abs=1e-3)
+
+
+def test_a_student_of_the_data_may_guide_itself():
+    """Off it is the plain method bit for bit; on, dropped samples have the plain velocity and no condition."""
+    points = MODES.sample(64, torch.Generator().manual_seed(0))
+    data = ImageData(points, torch.arange(64) % 3, ("a", "b", "c"))
+    student = PointVelocity(num_classes=3, width=16, two_time=True)
+    base = dataclasses.replace(METHODS["mean_flow_data"], hop="difference")
+    plain, off, on, dropped = (
+        FlowMapDistillation(student, None, data, dataclasses.replace(base, **changes))
+        for changes in ({}, {"own_drop": 0.5}, {"own_guidance": 2.0}, {"own_guidance": 2.0, "own_drop": 0.999})
+    )
+    losses = [method.losses(torch.Generator().manual_seed(1), 32)["loss"] for method in (plain, off, on)]
+    assert losses[0] == losses[1] and losses[0] != losses[2]
+    x, t = points[:32], torch.rand(32, generator=torch.Generator().manual_seed(2))
+    condition = ClassCondition(torch.arange(32) % 3, 3)
+    velocity, condition = dropped.guided_by_itself(x, t, condition, x, torch.Generator().manual_seed(3))
+    assert torch.equal(velocity, x)
+    interval = dataclasses.replace(base, own_guidance=2.0, own_drop=0.0, own_interval=(0.5, 1.0))
+    method = FlowMapDistillation(student, None, data, interval)
+    guided, _ = method.guided_by_itself(x, t, ClassCondition(torch.arange(32) % 3, 3), x, torch.Generator())
+    changed = (guided != x).any(1)
+    assert torch.equal(changed, t >= 0.5)
+    for wrong in ({"velocity": "teacher"}, {"share_end": 1.0, "share_same": 0.0}):
+        with pytest.raises(ValueError, match="own_guidance is for two-time students of the data"):
+            dataclasses.replace(base, own_guidance=2.0, **wrong)

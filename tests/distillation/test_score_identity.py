@@ -4,7 +4,7 @@ import pytest
 import torch
 from distillation.planes import fresh_head, points_of, quadrature, toy
 
-from diffusion_opt.distillation.distribution import ScoreIdentity, score_identity_loss
+from diffusion_opt.distillation.distribution import GanSettings, ScoreIdentity, score_identity_loss
 from diffusion_opt.distillation.distribution.dmd import mean_distance
 from diffusion_opt.flow import GaussianMixtureVelocity, clean_from_velocity, interpolate
 from diffusion_opt.models import PointVelocity
@@ -99,7 +99,20 @@ def test_no_loss_when_teacher_and_fake_score_agree() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes no GAN head"):
-        toy(ScoreIdentity, RING, head=fresh_head(), data=points_of(RING, 8))
+    with pytest.raises(ValueError, match="has a divergence of its own, got 'kl'"):
+        toy(ScoreIdentity, RING, head=fresh_head(), data=points_of(RING, 8), divergence="kl")
     with pytest.raises(ValueError, match="alpha must not be negative, got -1"):
         toy(ScoreIdentity, RING, alpha=-1.0)
+
+
+def test_with_a_head_the_loss_is_that_of_sid_and_of_the_generator() -> None:
+    """SiDA: the same batch with weight 0 is SiD, bit for bit; the critic sees real pictures."""
+    gan = GanSettings(student_weight=0.5)
+    plain = toy(ScoreIdentity, RING)
+    with_head = toy(ScoreIdentity, RING, head=fresh_head(), data=points_of(RING, 8), gan=gan)
+    losses = [method.losses(torch.Generator().manual_seed(0), 16, "student") for method in (plain, with_head)]
+    assert losses[1]["identity"] == losses[0]["loss"].detach()
+    torch.testing.assert_close(losses[1]["loss"], losses[0]["loss"] + 0.5 * losses[1]["gan"])
+    losses[1]["loss"].backward()
+    assert all(p.grad is None for p in with_head.fake_score.parameters()) and with_head.student.parameters()
+    assert {"matching", "loss"} <= with_head.losses(torch.Generator().manual_seed(0), 16, "fake_score").keys()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffusion_opt.datasets import CorruptFileError, FolderInUseError, folder_lock
 from diffusion_opt.training import Role, TrainConfig, TrainResult, train
-from diffusion_opt.training.settings import FREE, first_difference, networks_of, not_finite, settings_of
+from diffusion_opt.training.settings import FREE, changed, first_difference, networks_of, not_finite, settings_of
 
 SETTINGS = {"batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_seconds": 1e9, "log_every": 4}
 
@@ -289,6 +289,31 @@ def test_settings_and_networks_are_read_off_the_fields():
     assert settings_of(method) == {"class": "Holder", "teacher.scale": "inf", "name": "x"}
     assert networks_of(method) == {"teacher.model": method.teacher.model}
     assert first_difference({"a": 1}, {"a": 1}) is None and first_difference({"a": 1}, {}) == ("a", 1, None)
+
+
+def test_settings_change_by_name_and_keep_their_kind():
+    @dataclass(frozen=True)
+    class Part:
+        weight: float = 1.0
+
+    @dataclass(frozen=True)
+    class Whole:
+        hops: tuple[int, int] = (4, 32)
+        name: str = "huber"
+        own: bool = False
+        limit: float | None = None
+        part: Part = Part()
+
+    found = changed(Whole(), {"hops": "(4, 64)", "name": "squared", "own": "True", "limit": "2", "part.weight": 3})
+    assert found == Whole((4, 64), "squared", True, 2, Part(3.0)) and changed(found, {}) is found
+    for name, value, message in (
+        ("hops", "4", "hops must be of the kind of"),
+        ("part.weigth", 1, "no setting 'weigth'; there are weight"),
+        ("own", 1, "own must be of the kind of False, got 1"),
+        ("name.x", 1, "there is no setting 'x'; there are none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            changed(Whole(), {name: value})
 
 
 def test_what_is_kept_needs_a_name_of_its_own(tmp_path):

@@ -15,14 +15,24 @@ from diffusion_opt.distillation.distribution.dmd import DistributionMatching, dm
 from diffusion_opt.distillation.distribution.f_divergence import DIVERGENCES, RatioBins, divergence_weight
 from diffusion_opt.distillation.distribution.rcm import RegularizedMatching
 from diffusion_opt.distillation.distribution.score_identity import ScoreIdentity, score_identity_loss
+from diffusion_opt.distillation.distribution.settings import (
+    AdversarialSettings,
+    HeadSettings,
+    IdentitySettings,
+    MatchSettings,
+)
 
 __all__ = [
     "DIVERGENCES",
     "AdversarialDistillation",
+    "AdversarialSettings",
     "Alarms",
     "DistributionMatching",
     "FeatureHeads",
     "GanSettings",
+    "HeadSettings",
+    "IdentitySettings",
+    "MatchSettings",
     "RatioBins",
     "RegularizedMatching",
     "ScoreIdentity",

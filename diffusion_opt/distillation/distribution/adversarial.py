@@ -13,6 +13,10 @@ approximates R1, the gradient penalty of real pictures, without a second derivat
 equation 4): the same real x_t, at the same time t, with a little more noise. (FastGen and modelopt.torch.fastgen
 compare the logit of x_t with that of a clean picture plus s n at that t, which is no small step.)
 
+A discriminator alone does not hold a student that is good already. At one budget, from one start (`ode`, 4.3), the row
+`ladd` of `benchmarks/results/distillation_methods.json` ends at 12.4 with r1_weight 1, worse than it began; it is there
+for the comparison. `--set gan.r1_weight=100` tries another.
+
 Features are read by forward hooks during one pass, so that any network will do and no forward is copied; each stream
 of tokens that a block returns is one feature. The loss functions equal modelopt.torch.fastgen's (tests).
 """
@@ -53,7 +57,7 @@ class GanSettings:
 
     student_weight: float = 3e-3
     critic_weight: float = 1e-2
-    r1_weight: float = 0.0  # times critic_weight; 100 and more for `AdversarialDistillation` on images
+    r1_weight: float = 0.0  # times critic_weight; 100 and more in Lin et al. 2025, at large scale
     r1_noise: float = 0.1  # s above
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ warmed up on the student before the student moves: with all three networks equal
 Options: a ladder of times for students of several steps (`rollout.py`); a GAN head on the features of the fake score,
 which sees real pictures (`adversarial.py`); another divergence, which needs that head (`f_divergence.py`).
 
-The loss functions equal those of `modelopt.torch.fastgen` number for number (tests); there the caller writes the loop.
+The loss functions equal those of `modelopt.torch.fastgen` to 1e-6 (tests); there the caller writes the loop.
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ from diffusion_opt.distillation.distribution.adversarial import (
     generator_loss,
 )
 from diffusion_opt.distillation.distribution.alarms import Alarms, observed, smoothed
-from diffusion_opt.distillation.distribution.f_divergence import DIVERGENCES, divergence_weight
+from diffusion_opt.distillation.distribution.f_divergence import DIVERGENCES, RatioBins, divergence_weight
 from diffusion_opt.distillation.distribution.rollout import Noised, StudentRollout
 from diffusion_opt.flow import Condition, VelocityModel, clean_from_velocity, expand_time, velocity_target
 from diffusion_opt.training import Role
@@ -87,7 +87,9 @@ class DistributionMatching(StudentRollout):
     teacher: VelocityModel
     head: FeatureHeads | None = None  # on features of the fake score
     gan: GanSettings = field(default_factory=GanSettings)
+    head_rate: float = 1.0  # learning rate of the head over the fake score's
     divergence: str = "reverse_kl"  # a key of DIVERGENCES; others than reverse_kl need the head
+    bins: RatioBins | None = None  # takes the ratio relative to its mean at each noise
     reference: Float[Tensor, "n *s"] | None = None  # pictures of the teacher (or real ones) for the alarms
     alarms: Alarms = field(default_factory=Alarms, metadata=FREE)
     notes: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # what `alarm` saw, averaged
@@ -108,7 +110,13 @@ class DistributionMatching(StudentRollout):
         critic = self.fake_score
         if self.head is not None:
             critic = nn.ModuleDict({"fake_score": self.fake_score, "head": self.head})
-        return {"student": Role(self.student), self.critic: Role(critic, self.fake_rate)}
+        rates = {} if self.head is None else {"head": self.head_rate}
+        return {"student": Role(self.student), self.critic: Role(critic, self.fake_rate, rates)}
+
+    @property
+    def kept(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds beside the networks."""
+        return {} if self.bins is None else {"ratio_bins": self.bins}
 
     def student_losses(self, batch: Noised, generator: torch.Generator) -> dict[str, Tensor]:
         """The matching loss, with a head also `gan`, and what the alarms read (see `alarms.observed`)."""
@@ -121,8 +129,12 @@ class DistributionMatching(StudentRollout):
             with frozen(self.fake_score, self.head):
                 velocity, logits = self.judge(batch.x_t, batch.t, batch.condition)
             fake_x = clean_from_velocity(batch.x_t, velocity, batch.t).detach()
-        weight = None if self.divergence == "reverse_kl" else divergence_weight(self.divergence, logits)
+        weight = None
+        if self.divergence != "reverse_kl":
+            weight = divergence_weight(self.divergence, logits, bins=self.bins, t=batch.t)
         losses = {"loss": dmd_loss(batch.x, teacher_x, fake_x, weight)}
+        if weight is not None:  # near 1 both: the head tells nothing, and this is the reverse KL
+            losses |= {"weight_low": weight.min(), "weight_high": weight.max()}
         if logits is not None and self.gan.student_weight:
             losses["gan"] = generator_loss(logits)
             losses["loss"] = losses["loss"] + self.gan.student_weight * losses["gan"]

@@ -8,9 +8,10 @@ simulation (DMD2, Yin et al. 2024, arXiv 2405.14867, section 4.5). What lies bet
     between="noise"   x = x_t - t u(x_t, t), then fresh noise to the next rung      (sampler: FlowMatchLCMScheduler)
     between="jump"    x_r = x_t - (t - r) u(x_t, t, r), a two-time flow map          (sampler: Euler, flow_map=True)
 
-With "jump" the gradient goes through the jump t -> r and the jump r -> 0 that ends it, three segments in all, as in
-AnyFlow (arXiv 2605.13724). `from_data` replaces the simulation by noised pictures of the data, which is what FastGen
-and modelopt.torch.fastgen do: cheaper, but the student then trains on points that it does not visit when it samples.
+With "jump" the gradient goes through the jump t -> r and the jump r -> 0 that ends it, after all earlier rungs were
+simulated without gradient. (AnyFlow, arXiv 2605.13724, has three segments: one jump with gradient, a fine step, and the
+jump to 0.) `from_data` replaces the simulation by noised pictures of the data, the default of FastGen 0.1 and of
+modelopt.torch.fastgen: cheaper, but the student then trains on points that it does not visit when it samples.
 
 Every sample of a batch has its own rung, and only those still on their way are rolled on. The processes of a sharded
 student must all make the same passes, so there the others go along and what became of them is dropped. Nothing is kept

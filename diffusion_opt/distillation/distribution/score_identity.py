@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_opt.distillation.distribution.adversarial import frozen
+from diffusion_opt.distillation.distribution.adversarial import frozen, generator_loss
 from diffusion_opt.distillation.distribution.alarms import observed
 from diffusion_opt.distillation.distribution.dmd import DistributionMatching, mean_distance
 from diffusion_opt.distillation.distribution.rollout import Noised
-from diffusion_opt.flow import expand_time
+from diffusion_opt.flow import clean_from_velocity, expand_time
 
 
 def score_identity_loss(
@@ -43,21 +43,30 @@ def score_identity_loss(
 
 @dataclass(kw_only=True)
 class ScoreIdentity(DistributionMatching):
-    """A `Distiller` as `DistributionMatching`, with SiD's loss for the student; no head and no other divergence."""
+    """A `Distiller` as `DistributionMatching`, with SiD's loss for the student; it takes no other divergence.
+
+    With a GAN head it is SiDA (Zhou et al. 2024, arXiv 2410.14919): the head sees real pictures, so the student may
+    become better than its teacher.
+    """
 
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head is not None:
-            raise ValueError("score identity distillation takes no GAN head; use DistributionMatching for one")
+        if self.divergence != "reverse_kl":
+            raise ValueError(f"score identity distillation has a divergence of its own, got {self.divergence!r}")
         if self.alpha < 0:
             raise ValueError(f"alpha must not be negative, got {self.alpha}")
 
     def student_losses(self, batch: Noised, generator: torch.Generator) -> dict[str, Tensor]:
-        """SiD's loss, which may be negative, and what the alarms read."""
-        with frozen(self.fake_score):
-            teacher_x, fake_x = batch.clean(self.teacher), batch.clean(self.fake_score)
-        loss = score_identity_loss(batch.x, teacher_x, fake_x, self.alpha)
+        """SiD's loss, which may be negative, with a head also `gan`, and what the alarms read."""
+        with frozen(self.fake_score, *([] if self.head is None else [self.head])):
+            teacher_x = batch.clean(self.teacher)
+            velocity, logits = self.judge(batch.x_t, batch.t, batch.condition)
+            fake_x = clean_from_velocity(batch.x_t, velocity, batch.t)
+        losses = {"loss": score_identity_loss(batch.x, teacher_x, fake_x, self.alpha)}
+        if logits is not None:
+            losses |= {"identity": losses["loss"].detach(), "gan": generator_loss(logits)}
+            losses["loss"] = losses["loss"] + self.gan.student_weight * losses["gan"]
         seen = observed(batch.x.detach(), teacher_x.detach(), fake_x.detach(), self.reference, generator)
-        return {"loss": loss} | seen
+        return losses | seen

@@ -7,6 +7,7 @@ from diffusion_opt.distillation.trajectory.ode_distillation import OdeDistillati
 from diffusion_opt.distillation.trajectory.pairs import OdePairs, PairConfig, generate_pairs, load_pairs, sample_noise
 from diffusion_opt.distillation.trajectory.progressive import ProgressiveDistillation, train_progressively
 from diffusion_opt.distillation.trajectory.reflow import Reflow
+from diffusion_opt.distillation.trajectory.truncated import TruncatedConsistency, TruncatedSettings
 
 __all__ = [
     "METHODS",
@@ -18,6 +19,8 @@ __all__ = [
     "PairConfig",
     "ProgressiveDistillation",
     "Reflow",
+    "TruncatedConsistency",
+    "TruncatedSettings",
     "adaptive_loss",
     "generate_pairs",
     "guided_velocity",

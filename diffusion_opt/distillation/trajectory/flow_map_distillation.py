@@ -31,11 +31,13 @@ from diffusion_opt.distillation.trajectory.flow_map import (
     hop_target,
     limit_target,
     normalized_tangent,
+    own_guidance,
     ratio_times,
 )
 from diffusion_opt.distillation.trajectory.guidance import check_scales, draw_scales, guided_velocity
 from diffusion_opt.distillation.trajectory.metrics import DISTANCES
-from diffusion_opt.flow import Condition, VelocityModel, expand_time, interpolate, randn, velocity_target
+from diffusion_opt.flow import ALL_TIMES, Condition, VelocityModel, expand_time, interpolate, randn, velocity_target
+from diffusion_opt.flow.velocity import check_interval
 from diffusion_opt.subjects import Samples
 from diffusion_opt.training import Role
 
@@ -56,6 +58,10 @@ class FlowMapSettings:
     warmup: float = 0.0  # limits: share of training over which du/dt comes in
     difference_step: float = 0.01  # half-width in time of "difference"; FLUX.2 embeds 1000 t, waves shorter than 0.005
     guidance: tuple[float, float] | None = None  # the student's input, drawn from this range; None: in the teacher
+    own_guidance: float = 1.0  # from the data, by the student's own velocity (`flow_map.own_guidance`); 1: none
+    own_mixing: float = 0.0  # share of the student's own conditional velocity in it
+    own_drop: float = 0.1  # share of samples without condition, which its unconditional velocity is learned from
+    own_interval: tuple[float, float] = ALL_TIMES  # times at which it counts
 
     def __post_init__(self) -> None:
         shares = (self.share_end, self.share_same, self.share_noise)
@@ -71,6 +77,11 @@ class FlowMapSettings:
             raise ValueError(
                 f"doublings must be at least 1 and warmup in [0, 1], got {self.doublings} and {self.warmup}"
             )
+        if self.guides_itself and (self.velocity != "data" or not self.two_time):
+            raise ValueError("own_guidance is for two-time students of the data; a teacher brings its guidance with it")
+        if not (0 <= self.own_mixing < 1 and 0 <= self.own_drop < 1):
+            raise ValueError(f"own_mixing and own_drop must lie in [0, 1), got {self.own_mixing} and {self.own_drop}")
+        check_interval(self.own_interval)
         if self.guidance is not None:
             check_scales(self.guidance)
             if self.two_time:
@@ -80,6 +91,11 @@ class FlowMapSettings:
     def two_time(self) -> bool:
         """Whether the student knows a second time: with r = 0 always, it need not."""
         return self.share_end < 1
+
+    @property
+    def guides_itself(self) -> bool:
+        """Whether the velocity of the data is made guided by the student's own."""
+        return self.own_guidance != 1 or self.own_mixing > 0
 
 
 _TO_DATA = {"share_end": 1.0, "share_same": 0.0}  # r = 0 always
@@ -133,16 +149,49 @@ class FlowMapDistillation:
         settings = self.settings
         x, condition = self.data.draw(batch_size, generator)
         noise = randn(tuple(x.shape), generator)
-        t, s, r = sample_times(settings, batch_size, generator, self.share)
+        t, s, r = self.times(batch_size, generator)
         scale = None if settings.guidance is None else draw_scales(batch_size, settings.guidance, generator)
         x_t = interpolate(x, noise, t)
         from_data = self.data_velocity(x, noise, t, s, generator)
+        if settings.guides_itself:
+            from_data, condition = self.guided_by_itself(x_t, t, condition, from_data, generator)
         target = self.target(x_t, t, s, r, condition, from_data, scale)
         prediction = self.jump(condition, scale)(x_t, t, r)
         if settings.normalize:
             target = normalized_tangent(prediction, target)
         error = prediction - target
-        return {"loss": DISTANCES[settings.distance](error).mean(), "squared_error": error.detach().square().mean()}
+        loss = self.reduce(DISTANCES[settings.distance](error), t)
+        return {"loss": loss, "squared_error": error.detach().square().mean()}
+
+    def times(
+        self, num: int, generator: torch.Generator
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """The times t >= s >= r of `num` samples."""
+        return sample_times(self.settings, num, generator, self.share)
+
+    def reduce(self, each: Float[Tensor, " b"], t: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        """The loss of a batch from those of its samples."""
+        return each.mean()
+
+    @torch.no_grad()
+    def guided_by_itself(
+        self,
+        x_t: Float[Tensor, "b *s"],
+        t: Float[Tensor, " b"],
+        condition: Condition,
+        velocity: Float[Tensor, "b *s"],
+        generator: torch.Generator,
+    ) -> tuple[Float[Tensor, "b *s"], Condition]:
+        """The data's velocity with guidance, and the conditions; where these are dropped the velocity stays plain."""
+        settings, num = self.settings, len(t)
+        conditional = self.jump(condition)(x_t, t, t) if settings.own_mixing else velocity
+        unconditional = self.jump(condition.drop())(x_t, t, t)
+        scale = torch.full_like(t, settings.own_guidance)
+        guided = own_guidance(velocity, conditional, unconditional, scale, settings.own_mixing)
+        low, high = settings.own_interval
+        drop = torch.rand(num, generator=generator, device=generator.device) < settings.own_drop
+        keep = ((t >= low) & (t <= high) & ~drop).to(t.dtype)
+        return torch.where(expand_time(keep, x_t) > 0, guided, velocity), condition.drop(drop)
 
     def data_velocity(
         self,
@@ -175,20 +224,40 @@ class FlowMapDistillation:
     ) -> Float[Tensor, "b *s"]:
         """u* of this method; `from_data` is the velocity of the hop along the data, `scale` that of the guidance."""
         settings, jump = self.settings, self.jump(condition, scale)
-        if settings.velocity == "data":
-            velocity = from_data
-        elif scale is not None:
-            velocity = guided_velocity(self.teacher, x_t, t, condition, scale)
-        else:
-            velocity = self.teacher(x_t, t, condition)
-        if settings.velocity == "student":
-            velocity = torch.where(expand_time(t - s, x_t) > 0, jump(x_t, t, s), velocity)
+        velocity = self.velocity(x_t, t, s, condition, from_data, scale)
         if settings.hop not in ("jvp", "difference"):
             return hop_target(x_t, t, s, r, velocity, jump)
         exact = settings.hop == "jvp"
         tangent = min(1.0, self.share / settings.warmup) if settings.warmup else 1.0
         with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():  # the others have no forward derivative
             return limit_target(x_t, t, r, velocity, jump, None if exact else settings.difference_step, tangent)
+
+    def velocity(
+        self,
+        x_t: Float[Tensor, "b *s"],
+        t: Float[Tensor, " b"],
+        s: Float[Tensor, " b"],
+        condition: Condition,
+        from_data: Float[Tensor, "b *s"],
+        scale: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b *s"]:
+        """The velocity of the hop t -> s: the data's, the teacher's (with guidance `scale`), or the student's own."""
+        if self.settings.velocity == "data":
+            return from_data
+        if scale is not None:
+            velocity = guided_velocity(self.teacher, x_t, t, condition, scale)
+        else:
+            velocity = self.teacher(x_t, t, condition)
+        if self.settings.velocity == "student":
+            jump = self.jump(condition, scale)
+            return torch.where(expand_time(t - s, x_t) > 0, jump(x_t, t, s), velocity)
+        return velocity
+
+
+def random_hops(hops: tuple[int, int], share: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """Lengths 1/N, N even in its logarithm between two numbers, from shares in [0, 1]."""
+    low, high = (math.log(n) for n in hops)
+    return torch.exp(-(low + (high - low) * share))
 
 
 def sample_times(
@@ -204,6 +273,4 @@ def sample_times(
     if settings.hop == "ratio":
         stage = min(int(share * settings.doublings), settings.doublings - 1)
         return t, torch.maximum(ratio_times(t, stage), r), r
-    low, high = (math.log(n) for n in settings.hops)
-    s = t - torch.exp(-(low + (high - low) * z))
-    return t, torch.maximum(s, r), r
+    return t, torch.maximum(t - random_hops(settings.hops, z), r), r
