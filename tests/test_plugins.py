@@ -28,7 +28,9 @@ def own_list(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    pipe = small_pipeline(TinyFlux2Config(image_size=16, num_heads=2, head_dim=16, text_dim=8), std=0.05)
+    pipe = small_pipeline(
+        TinyFlux2Config(image_size=16, num_heads=2, head_dim=16, text_dim=8), std=0.05, default_guidance=2.0
+    )
     folder = tmp_path_factory.mktemp("teacher")
     pipe.save_pretrained(folder)
     return str(folder)
@@ -89,6 +91,17 @@ def test_an_installed_plugin_is_found_by_its_entry_point(monkeypatch: pytest.Mon
     monkeypatch.setattr(plugins, "example", lambda: called.append(1), raising=False)
     monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: [point] if group == plugins.GROUP else [])
     assert load_plugins() == ("again",) and called == [1]
+
+
+def test_a_teacher_that_is_trained_on_keeps_its_guidance_and_steps(teacher: str, tmp_path: Path) -> None:
+    plan = StudentPlan(teacher, "finetune", 8, method_settings={"drop_condition": 0.2})
+    _, result = make_student(plan, BRIEF, tmp_path / "run", progress=False)
+    before, after = load(teacher), load(tmp_path / "run" / "pipeline")
+    assert result.finished and (after.config.default_steps, after.config.default_guidance) == (8, 2.0)
+    assert not after.config.is_distilled and after.scheduler.config == before.scheduler.config
+    assert not torch.equal(after.transformer.proj_out.weight, before.transformer.proj_out.weight)
+    with pytest.raises(ValueError, match="learns from the images and not from a guided teacher"):
+        StudentPlan(teacher, "finetune", 8, guidance=2.0)
 
 
 @pytest.mark.parametrize(("method", "settings"), [("tcm", {"transition": 0.6}), ("sida", {"alpha": 1.2})])

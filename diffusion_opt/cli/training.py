@@ -99,6 +99,7 @@ def distill(
     `torchrun --nproc-per-node 8 -m diffusion_opt.cli distill …` shares each batch among processes.
 
     Methods that follow the teacher's paths:
+        finetune: no student: the teacher trained on with real samples, sampled and guided as before.
         guidance: one pass does the work of the two of guidance; as many steps as the teacher.
         ode: regression along stored paths of the teacher (knowledge distillation).
         reflow: straight lines between noise and the picture that the teacher makes of it.

@@ -24,6 +24,7 @@ from diffusion_opt.distillation.distribution import (
     RegularizedMatching,
     ScoreIdentity,
 )
+from diffusion_opt.distillation.flow_matching import FlowMatching
 from diffusion_opt.distillation.trajectory import (
     METHODS,
     FlowMapDistillation,
@@ -120,6 +121,10 @@ def reflow(task: Task) -> Reflow:
 
 def guidance(task: Task) -> GuidanceDistillation:
     return GuidanceDistillation(task.student, task.network, task.data, (task.guidance, task.guidance))
+
+
+def finetune(task: Task) -> FlowMatching:
+    return FlowMatching(task.student, task.data, task.settings.drop_condition)
 
 
 def flow_map(task: Task) -> FlowMapDistillation:

@@ -1,4 +1,4 @@
-"""Train a teacher: plain conditional flow matching with classifier-free guidance dropout.
+"""Train or fine-tune a teacher: plain conditional flow matching with classifier-free guidance dropout.
 
     loss = E | v(x_t, t, c) - (e - x) |^2,   x_t = (1 - t) x + t e,   t logit-normal
 
@@ -15,6 +15,17 @@ from torch import Tensor, nn
 from diffusion_opt.flow import interpolate, logit_normal_times, randn, velocity_target
 from diffusion_opt.subjects import Samples
 from diffusion_opt.training import Role
+
+
+@dataclass(frozen=True, slots=True)
+class FlowMatchingSettings:
+    """What may be changed of it. Raises ValueError for a share outside [0, 1)."""
+
+    drop_condition: float = 0.1  # share of samples trained without their condition
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_condition < 1:
+            raise ValueError(f"drop_condition must lie in [0, 1), got {self.drop_condition}")
 
 
 @dataclass

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from diffusion_opt.distillation import builders as build
 from diffusion_opt.distillation.builders import RENOISED, Task
 from diffusion_opt.distillation.distribution import AdversarialSettings, HeadSettings, IdentitySettings, MatchSettings
+from diffusion_opt.distillation.flow_matching import FlowMatchingSettings
 from diffusion_opt.distillation.trajectory import METHODS as SETTINGS
 from diffusion_opt.distillation.trajectory import PairConfig, TruncatedSettings
 from diffusion_opt.training import Distiller, TrainConfig, TrainResult, train
@@ -73,6 +74,16 @@ MATCH = {
 }
 
 METHODS: dict[str, Method] = {
+    "finetune": Method(
+        summary="no student: the teacher trained on with real samples, sampled and guided as before",
+        kind="trajectory",
+        presets=dict.fromkeys((8, 16, 25, 50), ALONG_PATH),
+        build=build.finetune,
+        settings=FlowMatchingSettings(),
+        sampling="teacher",
+        images="learned",
+        guided=False,
+    ),
     "guidance": Method(
         summary="one pass does the work of the two of guidance; as many steps as the teacher",
         kind="trajectory",

@@ -118,7 +118,7 @@ def sampling_of(plan: StudentPlan, method: Method, two_time: bool, steps: int | 
     """
     steps = steps or plan.steps
     if method.sampling == "teacher":
-        return Sampling(steps, as_teacher=True)
+        return Sampling(steps, as_teacher=True, keeps_guidance=not method.guided)
     if method.sampling == "any":
         return Sampling(steps)
     if method.sampling == "renoise":

@@ -92,7 +92,8 @@ class ClassConditional:
         return Beginning(pipe, velocity_model(pipe).train().requires_grad_(True))
 
     def sampled(self, pipe: TinyFlux2Pipeline, sampling: Sampling) -> TinyFlux2Pipeline:
-        guidance = 1.0 if pipe.config.guidance_range is None else pipe.config.default_guidance
+        own = pipe.config.guidance_range is not None or sampling.keeps_guidance
+        guidance = pipe.config.default_guidance if own else 1.0
         if sampling.ladders:
             set_ladders(pipe, sampling.ladders, sampling.renoise)
         elif not sampling.as_teacher:

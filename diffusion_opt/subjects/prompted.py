@@ -154,11 +154,13 @@ class PromptedPipeline:
             pipe.scheduler = StudentScheduler(sampling.ladders, sampling.renoise)
         elif not sampling.as_teacher:
             pipe.scheduler = flow_scheduler(pipe.scheduler, second_order=False)
-        if "is_distilled" in pipe.config:
+        if "is_distilled" in pipe.config and not sampling.keeps_guidance:
             pipe.register_to_config(is_distilled=True)
         taken = inspect.signature(type(pipe).__call__).parameters
         defaults: dict[str, Any] = {n: v for n, v in WITHOUT_GUIDANCE.items() if n in taken and v is not None}
-        if self.embedded:
+        if sampling.keeps_guidance:
+            defaults = {}
+        elif self.embedded:
             defaults["guidance_scale"] = self.default_guidance
         sizes = {name: getattr(self.run, name) for name in SIZES if getattr(self.run, name) is not None}
         set_call_defaults(pipe, "student", num_inference_steps=sampling.steps, **defaults, **sizes)

@@ -41,6 +41,7 @@ class Sampling:
     ladders: tuple[tuple[float, ...], ...] = ()  # times it is trained for, 1 first and the final 0 left out; none: any
     renoise: bool = False  # between two times: predict the picture and noise it again; else follow the path
     as_teacher: bool = False  # with the teacher's own scheduler, whatever that is
+    keeps_guidance: bool = False  # guided as the teacher is, because none was distilled in
 
     def __post_init__(self) -> None:
         for ladder in self.ladders:

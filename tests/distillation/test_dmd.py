@@ -168,7 +168,8 @@ def test_the_student_s_turn_leaves_no_gradient_in_the_critic() -> None:
         weight.grad is None and weight.requires_grad for weight in method.roles["fake_score"].network.parameters()
     )
     assert method.student.layers[-1].bias.grad.abs().max() > 0
-    assert {"loss", "gan", "lag", "gap"} == losses.keys()
+    assert {"loss", "gan", "lag", "gap", "weight_low", "weight_high"} == losses.keys()
+    assert losses["weight_low"] <= 1 <= losses["weight_high"]
 
 
 def test_the_head_s_pull_reaches_the_student() -> None:
