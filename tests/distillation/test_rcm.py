@@ -8,6 +8,7 @@ from diffusion_opt.distillation.distribution import DistributionMatching, Regula
 from diffusion_opt.distillation.trajectory.flow_map_distillation import METHODS, FlowMapDistillation
 from diffusion_opt.flow import GaussianMixtureVelocity
 from diffusion_opt.models import PointVelocity
+from diffusion_opt.subjects import Classes
 
 RING = GaussianMixtureVelocity.ring(num_modes=3, num_classes=1)
 
@@ -21,7 +22,7 @@ def gradient(method: DistributionMatching) -> tuple[dict, torch.Tensor]:
 
 def test_loss_and_gradient_are_the_sum_of_the_parts() -> None:
     student = PointVelocity(num_classes=1, two_time=True, width=16)
-    options = {"student": student, "fake_score": PointVelocity(num_classes=1, width=16), "num_classes": 1}
+    options = {"student": student, "fake_score": PointVelocity(num_classes=1, width=16), "conditions": Classes(1)}
     path = FlowMapDistillation(student, RING, points_of(RING, 64), METHODS["flow_map"])
     alone = toy(DistributionMatching, RING, **options)
     both = toy(RegularizedMatching, RING, trajectory=path.losses, trajectory_weight=3.0, **options)
