@@ -15,9 +15,12 @@ Where every tile spills, there is no row: `launch` then raises, and `attention/d
 dense call and says so, or refuses. A kernel family adds its rows to `LAUNCH` under its own name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+
+Form = Literal["loop", "peeled", "inside"]
 
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability x 10: A100, 4090/L40, H100/H200, B200, 5090
 HEAD_DIMS = (16, 32, 64, 128, 256)  # what a head dimension is padded to: matrix units take powers of two from 16
@@ -31,6 +34,12 @@ class LaunchConfig:
     block_n: int  # keys (or columns)
     num_warps: int  # of 32 threads
     num_stages: int  # tiles in flight between global and shared memory
+    form: Form = "loop"  # how what is left over of whole tiles is walked; see `attention/dense/forward.py`
+
+    def tuning(self) -> dict[str, int]:
+        """What a kernel's launch takes of it: tile sizes, warps and stages."""
+        tiles = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+        return {**tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -51,6 +60,14 @@ def heads(
     return {head_dim: choice for head_dim, choice in choices.items() if choice is not None}
 
 
+def peeled(by_head_dim: dict[int, LaunchConfig]) -> dict[int, LaunchConfig]:
+    """The same tiles in the form "peeled", those in another but "loop" excepted: for sm_90 and sm_100."""
+    return {
+        head_dim: replace(choice, form="peeled") if choice.form == "loop" else choice
+        for head_dim, choice in by_head_dim.items()
+    }
+
+
 def same_everywhere(by_head_dim: dict[int, LaunchConfig]) -> dict[int, dict[int, LaunchConfig]]:
     """One choice for all architectures: for kernels limited by memory, where the tile hardly matters."""
     return dict.fromkeys(ARCHITECTURES, by_head_dim)
@@ -61,42 +78,43 @@ def same_everywhere(by_head_dim: dict[int, LaunchConfig]) -> dict[int, dict[int,
 DENSE_FORWARD = {
     80: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 8, 2)),
     89: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(32, 32, 4, 2)),
-    90: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 128, 8, 2), LaunchConfig(128, 64, 8, 2)),
-    100: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 128, 8, 2), LaunchConfig(128, 32, 8, 2)),
+    90: peeled(heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 128, 8, 2), LaunchConfig(128, 32, 8, 2))),
+    100: peeled(heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 128, 8, 2), LaunchConfig(128, 32, 8, 2))),
     120: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(32, 32, 4, 2)),
 }
 DENSE_KEYS = {
     80: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
     89: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
-    90: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(16, 64, 8, 2)),
-    100: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 64, 8, 2)),
+    90: peeled(heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 128, 8, 2), LaunchConfig(32, 64, 8, 2, "inside"))),
+    100: peeled(heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(32, 64, 8, 2))),
     120: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
 }
 DENSE_QUERIES = {
     80: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2), LaunchConfig(64, 64, 8, 2)),
     89: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2), LaunchConfig(64, 32, 8, 1)),
-    90: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2)),
-    100: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 64, 8, 2)),
+    90: peeled(heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2))),
+    100: peeled(heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 64, 8, 2))),
     120: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 32, 8, 2), LaunchConfig(64, 32, 8, 1)),
 }
 # A mask's tile passes through shared memory and registers as well.
 DENSE_FORWARD_MASKED = {
     80: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
     89: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
-    90: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 32, 8, 2)),
-    100: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 8, 2)),
+    90: peeled(heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 32, 8, 2))),
+    100: peeled(heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 8, 2))),
     120: heads(LaunchConfig(128, 32, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(32, 32, 4, 2)),
 }
 DENSE_KEYS_MASKED = {
     80: heads(LaunchConfig(32, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
     89: heads(LaunchConfig(32, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
-    90: heads(LaunchConfig(32, 128, 8, 2), LaunchConfig(32, 128, 8, 2), LaunchConfig(16, 32, 8, 1)),
-    100: heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(16, 32, 8, 1)),
+    90: peeled(heads(LaunchConfig(32, 128, 8, 1), LaunchConfig(32, 128, 8, 1), LaunchConfig(16, 32, 8, 1))),
+    100: peeled(heads(LaunchConfig(64, 128, 8, 2), LaunchConfig(64, 128, 8, 2), LaunchConfig(16, 32, 8, 1))),
     120: heads(LaunchConfig(32, 64, 8, 2), LaunchConfig(32, 64, 8, 2), LaunchConfig(16, 32, 8, 1)),
 }
 DENSE_QUERIES_MASKED = {
     **same_everywhere(heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 16, 8, 1))),
-    90: heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 16, 8, 2)),
+    100: peeled(heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 16, 8, 1))),
+    90: peeled(heads(LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(128, 16, 8, 2))),
 }
 # float32 is three products of TF32 with operands twice as large: small tiles, or thousands of spills. Heads of 256
 # spill at every tile, and so do the gradients at heads of 128 on sm_89 and sm_120: no rows.
@@ -116,7 +134,7 @@ DENSE_QUERIES_FP32 = {
 # Block-sparse and region attention. Masks have blocks of 64 or 128, mostly: larger tiles would never be used.
 SPARSE_FORWARD = {
     **same_everywhere(heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 8, 2))),
-    90: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 4, 1)),
+    90: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 16, 4, 2)),
     100: heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 8, 1)),
     120: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 32, 8, 3), LaunchConfig(64, 32, 8, 2)),
 }
@@ -143,13 +161,18 @@ SPARSE_KEYS_FP32 = same_everywhere(heads(LaunchConfig(32, 32, 8, 1), LaunchConfi
 # Attention on codes of 8 bits. e4m3 does not exist on sm_80.
 EIGHT_BIT = heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 8, 2))
 EIGHT_BIT_MASKED = heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2))
-INT8_SCORES_FP16_VALUES = {**same_everywhere(EIGHT_BIT), 90: {**EIGHT_BIT, 256: LaunchConfig(64, 64, 4, 2)}}
+WIDE = heads(LaunchConfig(128, 128, 8, 3), LaunchConfig(128, 128, 8, 2), LaunchConfig(64, 64, 8, 2))
+INT8_SCORES_FP16_VALUES = {
+    **same_everywhere(EIGHT_BIT),
+    90: peeled({**WIDE, 256: LaunchConfig(64, 64, 4, 2)}),
+    100: peeled(EIGHT_BIT),
+}
 INT8_SCORES_FP16_VALUES_MASKED = {
     **same_everywhere(EIGHT_BIT_MASKED),
-    90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 4, 2)),
+    90: peeled(heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 4, 2))),
     120: {**EIGHT_BIT_MASKED, 256: LaunchConfig(64, 32, 8, 2)},
 }
-FP8_SCORES = dict.fromkeys((89, 90, 100, 120), EIGHT_BIT)
+FP8_SCORES = {**dict.fromkeys((89, 100, 120), EIGHT_BIT), 90: WIDE}
 INT8_SCORES_FP8_VALUES = {**FP8_SCORES, 120: {**EIGHT_BIT, 128: LaunchConfig(64, 64, 4, 3)}}
 FP8_VALUES_MASKED = {
     89: EIGHT_BIT_MASKED,
@@ -197,11 +220,11 @@ FP4_KEYS_FP32 = dict.fromkeys((90, 100), heads(LaunchConfig(16, 64, 8, 1)))
 GEMM_INT8 = {
     80: LaunchConfig(128, 128, 8, 3),
     89: LaunchConfig(128, 128, 8, 3),
-    90: LaunchConfig(128, 128, 8, 4),
+    90: LaunchConfig(128, 256, 8, 3),
     100: LaunchConfig(128, 128, 8, 4),
     120: LaunchConfig(128, 128, 8, 3),
 }
-GEMM_FP8 = {arch: GEMM_INT8[arch] for arch in (89, 90, 100, 120)}  # e4m3 came with sm_89
+GEMM_FP8 = {**{arch: GEMM_INT8[arch] for arch in (89, 100, 120)}, 90: LaunchConfig(128, 128, 8, 4)}  # from sm_89 on
 
 # kernel -> architecture -> padded head dimension -> choice
 LAUNCH: dict[str, dict[int, dict[int, LaunchConfig]]] = {

@@ -44,7 +44,7 @@ SDPA = "torch's scaled_dot_product_attention"
 # precision -> (row of the launch table that says where it runs, operation)
 LOW_PRECISION: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "int8": ("int8_scores_fp16_values", int8_attention),
-    "int8-fp8": ("int8_scores_fp8_values", partial(int8_attention, granularity="thread", values_in="fp8")),
+    "int8-fp8": ("int8_scores_fp8_values", partial(int8_attention, values_in="fp8")),
     "fp8": ("fp8_scores_fp8_values", fp8_attention),
     "nvfp4": ("fp4_forward", fp4_attention),
 }

@@ -21,6 +21,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,8 @@ class Compiled:
     code: MachineCode
     shared_bytes: int  # of one program
     tensor_memory_columns: int  # of 512; sm_100 only
+    remarks: tuple[str, ...] = ()  # of ptxas, on kernels with asynchronous matrix instructions (sm_90)
+    absent: tuple[str, ...] = ()  # instructions the case asks for that are not in the PTX
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +81,63 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
     if names != case.kernel.arg_names:
         raise ValueError(f"{case.name}: the signature has {names}, the kernel takes {case.kernel.arg_names}")
     choice = case.launch[arch]
-    source = ASTSource(
-        case.kernel,
-        dict(case.signature),
-        constexprs=case.constants(arch),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
-    )
+    source = ASTSource(case.kernel, *_specialized(case, arch))
     options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
     code = machine_code(kernel.asm["cubin"])
-    return Compiled(case.name, arch, code, kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0) or 0)
+    ptx = kernel.asm["ptx"]
+    return Compiled(
+        case.name,
+        arch,
+        code,
+        kernel.metadata.shared,
+        getattr(kernel.metadata, "tmem_size", 0) or 0,
+        remarks(ptx, arch) if code.asynchronous_products else (),
+        tuple(name for name in case.ptx if not re.search(rf"^\s*(@\S+\s+)?{re.escape(name)}", ptx, re.MULTILINE)),
+    )
+
+
+def _specialized(case: CompileCase, arch: int) -> tuple[dict, dict, dict]:
+    """Signature, constants and known divisors in Triton's terms, where an element of a tuple is named by two places."""
+    signature, constants, divisors = {}, dict(case.constants(arch)), {}
+    for i, (name, kind) in enumerate(case.signature.items()):
+        parts = (kind,) if isinstance(kind, str) else kind
+        paths = [(i,)] if isinstance(kind, str) else [(i, j) for j in range(len(parts))]
+        constants |= {path: 1 for path, part in zip(paths, parts, strict=True) if part == "1"}
+        if name in case.divisible:
+            divisible = [path for path, part in zip(paths, parts, strict=True) if part[0] == "*" or part == "i32"]
+            divisors |= {path: [["tt.divisibility", 16]] for path in divisible}
+        known = tuple("constexpr" if part == "1" else part for part in parts)
+        signature[name] = known[0] if isinstance(kind, str) else known
+    return signature, constants, divisors
+
+
+def remarks(ptx: str, arch: int) -> tuple[str, ...]:
+    """The numbered remarks on performance that ptxas makes on a kernel (C7515: matrix instructions are serialized).
+
+    Triton drops what ptxas prints, so it is run once more, and its answer kept beside the machine code.
+    """
+    from triton import knobs
+
+    path = cache_folder() / "remarks" / f"{hashlib.sha256(f'{arch} {ptx}'.encode()).hexdigest()}.json"
+    if path.is_file():
+        return tuple(json.loads(path.read_text()))
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", f"sm_{arch}a", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = tuple(sorted(set(re.findall(r"\((C75\d\d)\)", said.stdout + said.stderr))))
+    _keep(path, found)
+    return found
+
+
+def _keep(path: Path, answer: Any) -> None:
+    """Write a JSON file of the cache so that another process sees the whole of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(answer))
+    fresh.replace(path)
 
 
 def machine_code(cubin: bytes) -> MachineCode:
@@ -97,10 +147,7 @@ def machine_code(cubin: bytes) -> MachineCode:
     if path.is_file():
         return _code_from_json(json.loads(path.read_text()))
     code = sass.read_sass(disassemble(cubin))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(asdict(code)))
-    fresh.replace(path)  # another process sees the whole file or none
+    _keep(path, asdict(code))
     return code
 
 
@@ -214,7 +261,8 @@ def cache_folder() -> Path:
 
 
 def _from_json(answer: dict[str, Any]) -> Compiled:
-    return Compiled(**{**answer, "code": _code_from_json(answer["code"])})
+    tuples = {name: tuple(answer[name]) for name in ("remarks", "absent")}
+    return Compiled(**{**answer, **tuples, "code": _code_from_json(answer["code"])})
 
 
 def _code_from_json(code: dict[str, Any]) -> MachineCode:

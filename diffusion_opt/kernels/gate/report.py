@@ -7,7 +7,8 @@ opcodes, the main loop by unit, and the static roofline. It is made by
 
 and read in review: the diff of a changed kernel shows what the change costs on five GPU generations. The gate compiles
 again and asks two questions of each row. `problems`: may this be launched at all, whatever the table says? Spilled
-registers, missing matrix opcodes, or more shared memory than an SM has are refused. `differences`: is it worse than
+registers, missing matrix opcodes, matrix instructions that are waited for one by one, a maximum that loses NaN, or more
+shared memory than an SM has are refused. `differences`: is it worse than
 recorded? Some slack is allowed, so that a small change of a kernel does not ask for a new table. A new Triton does, and
 its pin is exact. Better than recorded passes; `--update` writes it down.
 """
@@ -27,7 +28,14 @@ from diffusion_opt.kernels.gate.roofline import matrix_work, programs_per_multip
 REPORT = Path(__file__).with_name("compile_report.json")
 REFRESH = "diffusion-opt kernels report --update"
 # how much more than recorded is no difference: a share where below 1
-SLACK = {"registers": 8, "shared_bytes": 1024, "instructions": 0.05, "loop_instructions": 0.05, "matrix_work": 0.02}
+SLACK = {
+    "waits": 1,
+    "registers": 8,
+    "shared_bytes": 1024,
+    "instructions": 0.05,
+    "loop_instructions": 0.05,
+    "matrix_work": 0.02,
+}
 TENSOR_MEMORY_COLUMNS = 512  # of an SM of sm_100 (CUDA programming guide)
 
 Row = dict[str, Any]
@@ -81,6 +89,7 @@ def row_of(case: CompileCase, compiled: Compiled) -> Row:
         "tile": [choice.block_m, choice.block_n],
         "warps": choice.num_warps,
         "stages": choice.num_stages,
+        "form": choice.form,
         "registers": code.registers,
         "spills": code.spill_loads + code.spill_stores,
         "shared_bytes": compiled.shared_bytes,
@@ -90,6 +99,8 @@ def row_of(case: CompileCase, compiled: Compiled) -> Row:
         "async_copies": code.async_copies,
         "tma": code.tma,
     }
+    if code.asynchronous_products and code.loop is not None:
+        row |= {"waits": code.loop.waits, "remarks": list(compiled.remarks)}
     if code.loop is not None:
         row |= {"loop_instructions": code.loop.instructions, "loop_mix": code.loop.mix}
     bound = roofline(case, compiled.arch, code.loop)
@@ -120,6 +131,14 @@ def problems(case: CompileCase, compiled: Compiled) -> list[str]:
     missing = [opcode for opcode in case.opcodes.get(compiled.arch, ()) if opcode not in code.matrix]
     if missing:
         found.append(f"{where}: no {', '.join(missing)} in the machine code, only {', '.join(code.matrix) or 'none'}")
+    if compiled.absent:
+        found.append(f"{where}: no {', '.join(compiled.absent)} in the PTX: a NaN would become a number")
+    if compiled.remarks or (code.loop is not None and code.loop.serialized):
+        counts = "" if code.loop is None else f"; {code.loop.waits} waits for {code.loop.matrix}"
+        found.append(
+            f"{where}: matrix instructions are serialized ({', '.join(compiled.remarks) or 'no remark'}{counts}): peel "
+            "what is left over of whole tiles (`form` in the launch table), or choose another tile"
+        )
     if resident_programs(case, compiled) < 1:
         found.append(
             f"{where}: {code.registers} registers and {compiled.shared_bytes} bytes of shared memory do not fit"
@@ -141,9 +160,9 @@ def differences(recorded: dict[Job, Row], rows: dict[Job, Row]) -> list[Differen
             before, now = was.get(what) or 0, row.get(what) or 0
             if now > before + (slack if slack >= 1 else slack * before):
                 found.append(Difference(kernel, arch, what, before, now))
-        for what in ("tile", "warps", "stages"):
-            if was[what] != row[what]:
-                found.append(Difference(kernel, arch, what, was[what], row[what]))
+        for what in ("tile", "warps", "stages", "form"):
+            if was.get(what) != row.get(what):
+                found.append(Difference(kernel, arch, what, was.get(what), row.get(what)))
         if set(was["matrix"]) != set(row["matrix"]):
             found.append(Difference(kernel, arch, "matrix opcodes", sorted(was["matrix"]), sorted(row["matrix"])))
     return found

@@ -23,6 +23,9 @@ more programs share an SM. Memory is left out: attention on thousands of tokens 
 for `benchmarks/attention.py` on a GPU. That exponentials and not matrix work can bind attention is the starting point
 of FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608).
 
+Both numbers take it that a tile's matrix instructions follow one another without a pause. Where each is waited for
+(`Loop.serialized`), neither bounds anything, and none is given.
+
 FLOP come from the case (`loop_flops`), instructions from the code. A compiler may unroll, so the passes of the source's
 loop in one pass of the machine's loop are found by comparing exponentials and matrix work with those of a tile.
 """
@@ -110,11 +113,11 @@ class Roofline:
 
 
 def roofline(case: CompileCase, arch: int, loop: Loop | None) -> Roofline | None:
-    """The static roofline of a compiled case; None for a kernel without matrix work in a loop.
+    """The static roofline of a compiled case; None for a loop without matrix work, or with serialized work.
 
     Raises ValueError if the hardware has no rate for an operand type of the case.
     """
-    if loop is None or not case.loop_flops:
+    if loop is None or not case.loop_flops or loop.serialized:
         return None
     hardware, choice = HARDWARE[arch], case.launch[arch]
     missing = set(case.loop_flops) - set(hardware.flops_per_cycle)

@@ -11,7 +11,9 @@ memory), the matrix opcodes, asynchronous copies, and the main loop. The opcode 
     HGMMA IGMMA QGMMA           a group of four warps, operands in shared memory      (sm_90)
     UTCHMMA UTCIMMA UTCQMMA UTCOMMA   one thread starts it, sums in tensor memory     (sm_100)
 
-A compiler that cannot use the fast unit falls back to a slow one and says nothing; here it shows.
+A compiler that cannot use the fast unit falls back to a slow one and says nothing; here it shows. So does another thing
+it hides: GMMA instructions run beside other work until `WARPGROUP.DEPBAR` waits for them. Two products a tile need two
+waits or fewer; as many waits as instructions say that ptxas serialized them, one after the other, with nothing beside.
 
 The main loop is the innermost natural loop with the most matrix work, and the shortest of several that do as much: one
 that checks bounds for the last tile is not it. A backward branch alone does not make a loop:
@@ -117,6 +119,13 @@ class Loop:
     exponentials: int  # MUFU.EX2
     matrix: dict[str, int]  # matrix instructions by name
     flops: int | None  # of the matrix instructions, per warp; None where the opcodes do not tell
+    waits: int = 0  # for asynchronous matrix instructions: WARPGROUP.DEPBAR
+
+    @property
+    def serialized(self) -> bool:
+        """Whether each asynchronous matrix instruction is waited for before the next starts."""
+        asynchronous = sum(count for name, count in self.matrix.items() if name.endswith("GMMA"))
+        return asynchronous > 1 and self.waits >= asynchronous
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +141,11 @@ class MachineCode:
     async_copies: int = 0  # LDGSTS: global to shared memory, past the registers
     tma: int = 0  # bulk copies by the copy engine
     loop: Loop | None = None  # None where there is no loop with matrix work
+
+    @property
+    def asynchronous_products(self) -> bool:
+        """Whether it has matrix instructions of groups of warps, which must be waited for (sm_90)."""
+        return any(name.endswith("GMMA") for name in self.matrix)
 
 
 def read_sass(text: str) -> MachineCode:
@@ -183,6 +197,7 @@ def main_loop(code: list[Instruction]) -> Loop | None:
         exponentials=sum(one.opcode.startswith("MUFU.EX2") for one in inside),
         matrix=_matrix(inside),
         flops=None if None in flops else sum(flops),
+        waits=sum(one.opcode.startswith("WARPGROUP.DEPBAR") for one in inside),
     )
 
 

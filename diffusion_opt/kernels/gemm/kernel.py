@@ -10,19 +10,21 @@ float32 accumulator (`max_num_imprecise_acc`), as DeepSeek-V3 (2024, arXiv 2412.
 no imprecise sum at all makes the compiler give up the 8-bit matrix units.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.gate.case import CompileCase, sampled
 from diffusion_opt.kernels.gemm.oracle import TOPS
 from diffusion_opt.kernels.launch import GEMM_FP8, GEMM_INT8, LaunchConfig
 from diffusion_opt.kernels.quantizers.rounding import largest, nonzero, round_int8
 
 GROUP = 8  # rows of tiles that share columns of the weight in the cache
 BLOCK_K = 128  # features of a step
+ADDED_COLUMNS = 128  # of a tile that gate and residual are read into: with more they do not fit the registers
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def multiply(x, w, total, BLOCK_K: tl.constexpr):
     if total.dtype == tl.int32:
         total = tl.dot(x, tl.trans(w), total, out_dtype=tl.int32)
     else:
-        total = tl.dot(x, tl.trans(w), total, max_num_imprecise_acc=BLOCK_K)
+        total += tl.dot(x, tl.trans(w), max_num_imprecise_acc=BLOCK_K)
     return total
 
 
@@ -72,7 +74,7 @@ def scaled(total, x_scale, columns, num_outputs, W_SCALES, BIAS, HAS_BIAS: tl.co
 @triton.jit
 def linear_kernel(
     X, X_SCALES, W, W_SCALES, BIAS, GATE, RESIDUAL, OUT, num_rows, num_outputs, num_channels, num_features, length,
-    stride_x, stride_w, stride_gb, stride_gl, stride_rb, stride_rl,
+    stride_x, stride_w, gate_steps, residual_steps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
     INTEGER: tl.constexpr,
@@ -104,10 +106,10 @@ def linear_kernel(
     inside = (rows < num_rows)[:, None] & (columns < num_channels)[None, :]
     entry, token = (rows // length).to(tl.int64)[:, None], (rows % length).to(tl.int64)[:, None]
     if HAS_GATE:
-        address = GATE + entry * stride_gb + token * stride_gl + columns[None, :]
+        address = GATE + entry * gate_steps[0] + token * gate_steps[1] + columns[None, :]
         z *= tl.load(address, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        address = RESIDUAL + entry * stride_rb + token * stride_rl + columns[None, :]
+        address = RESIDUAL + entry * residual_steps[0] + token * residual_steps[1] + columns[None, :]
         z += tl.load(address, mask=inside, other=0.0).to(tl.float32)
     address = OUT + rows.to(tl.int64)[:, None] * num_channels + columns[None, :]
     tl.store(address, z.to(OUT.dtype.element_ty), mask=inside)
@@ -140,7 +142,8 @@ def linear(
     x, weight = x.contiguous(), weight.contiguous()
     gate, residual = (None if r is None else r if r.stride(-1) == 1 else r.contiguous() for r in (gate, residual))
     out = torch.empty(b, length, channels, dtype=dtype, device=x.device)
-    choice = product_launch(x.dtype, activation, runtime.architecture(x.device))
+    added = gate is not None or residual is not None
+    choice = product_launch(x.dtype, activation, runtime.architecture(x.device), added)
     tiles = triton.cdiv(b * length, choice.block_m) * triton.cdiv(channels, choice.block_n)
     absent = out  # stands in for what is not there, and is not read
     runtime.run(
@@ -148,7 +151,7 @@ def linear(
         (tiles,),
         *(x, x_scales.contiguous(), weight, weight_scales.contiguous(), absent if bias is None else bias.contiguous()),
         *(absent if gate is None else gate, absent if residual is None else residual, out),
-        *(b * length, n, channels, k, length, k, k, *_steps(gate), *_steps(residual)),
+        *(b * length, n, channels, k, length, k, k, _steps(gate), _steps(residual)),
         BLOCK_M=choice.block_m,
         BLOCK_N=choice.block_n,
         BLOCK_K=BLOCK_K,
@@ -165,15 +168,18 @@ def linear(
     return out
 
 
-def product_launch(dtype: torch.dtype, activation: str, arch: int) -> LaunchConfig:
-    """The tile of a product; half as wide for SwiGLU, which has two. Raises ValueError for e4m3 before sm_89."""
+def product_launch(dtype: torch.dtype, activation: str, arch: int, added: bool) -> LaunchConfig:
+    """The tile of a product: 128 wide at most if gate or residual are `added`, and half as wide for SwiGLU's two.
+
+    Raises ValueError for e4m3 before sm_89.
+    """
     table = GEMM_INT8 if dtype == torch.int8 else GEMM_FP8
     if arch not in table:
         raise ValueError(f"sm_{arch} has no e4m3: quantize to int8, or use sm_89 or later")
     choice = table[arch]
-    if activation != "swiglu":
-        return choice
-    return LaunchConfig(choice.block_m, choice.block_n // 2, choice.num_warps, choice.num_stages)
+    if activation == "swiglu":
+        return replace(choice, block_n=choice.block_n // 2)
+    return replace(choice, block_n=min(choice.block_n, ADDED_COLUMNS)) if added else choice
 
 
 def _steps(rows: Tensor | None) -> tuple[int, int]:
@@ -181,32 +187,3 @@ def _steps(rows: Tensor | None) -> tuple[int, int]:
     if rows is None:
         return 0, 0
     return rows.stride(0), rows.stride(1) if rows.shape[1] > 1 else 0
-
-
-def compile_cases() -> tuple[CompileCase, ...]:
-    """Products in int8 and e4m3: plain, with SwiGLU, and with gate and residual; bfloat16 out."""
-    integer = {80: ("IMMA",), 89: ("IMMA",), 90: ("IGMMA",), 100: ("IMMA",), 120: ("IMMA",)}
-    eight = {89: ("QMMA",), 90: ("QGMMA",), 100: ("UTCQMMA",), 120: ("QMMA",)}
-    cases = []
-    for kind, dtype, opcodes in (("int8", torch.int8, integer), ("fp8", torch.float8_e4m3fn, eight)):
-        for what, activation, gated in (("", "none", False), (" swiglu", "swiglu", False), (" gated", "none", True)):
-            fixed = {"BLOCK_K": BLOCK_K, "GROUP": GROUP, "ACTIVATION": activation, "INTEGER": dtype == torch.int8}
-            fixed |= {"HAS_BIAS": True, "HAS_GATE": gated, "HAS_RESIDUAL": gated, "EVEN_K": True}
-            pointer = "*i8" if dtype == torch.int8 else "*fp8e4nv"
-            types = {name: "*bf16" if name.isupper() else "i32" for name in linear_kernel.arg_names}
-            types |= {"X": pointer, "W": pointer, "X_SCALES": "*fp32", "W_SCALES": "*fp32"}
-            types |= dict.fromkeys((*fixed, "BLOCK_M", "BLOCK_N"), "constexpr")
-            table = GEMM_INT8 if dtype == torch.int8 else GEMM_FP8
-            cases.append(
-                CompileCase(
-                    name=f"linear {kind}{what}",
-                    kernel=linear_kernel,
-                    signature=types,
-                    constexprs=fixed,
-                    divisible=tuple(n for n, t in types.items() if t[0] == "*" or (t == "i32" and n != "length")),
-                    launch=sampled({arch: product_launch(dtype, activation, arch) for arch in table}, what == ""),
-                    opcodes=opcodes,
-                    loop_flops={kind: 2 * BLOCK_K * (2 if activation == "swiglu" else 1)},
-                )
-            )
-    return tuple(cases)

@@ -22,12 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.dense.forward import load_rows
-from diffusion_opt.kernels.gate.case import CompileCase, sampled
-from diffusion_opt.kernels.launch import ARCHITECTURES, LaunchConfig, padded_head_dim
+from diffusion_opt.kernels.launch import padded_head_dim
 from diffusion_opt.kernels.quantizers.formats import E4M3_MAX as LARGEST_E4M3
 from diffusion_opt.kernels.quantizers.formats import INT8_MAX as LARGEST_INT8
-from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK, KEY_GROUPS, QUERY_BLOCK, QUERY_GROUPS, ScaleGroups
+from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK, ScaleGroups
 from diffusion_opt.kernels.quantizers.rounding import (
     E2M1_MAX,
     E4M3_MAX,
@@ -42,19 +40,20 @@ from diffusion_opt.kernels.quantizers.rounding import (
     round_int8,
     round_positive_e4m3,
 )
+from diffusion_opt.kernels.tiles import head_of, load_rows, program_of_head
 
 CHANNELS_ROWS = 64  # tokens a program of channels_kernel converts
 
 
 @triton.jit
 def load_centered(
-    X, MEAN, start, num_tokens, stride_l, stride_d,
+    X, MEAN, start, num_tokens, strides,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_L: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_L tokens less the mean, float32, zeros where there is no token or channel."""
     rows = tl.arange(0, BLOCK_L)
     dims = tl.arange(0, PADDED_DIM)
-    x = load_rows(X, start, rows, dims, stride_l, stride_d, num_tokens, HEAD_DIM, True).to(tl.float32)
+    x = load_rows(X, start, rows, dims, strides, num_tokens, HEAD_DIM, True).to(tl.float32)
     if CENTERED:
         mean = tl.load(MEAN + dims, mask=dims < HEAD_DIM, other=0.0)
         x = tl.where((start + rows < num_tokens)[:, None], x - mean[None, :], 0.0)
@@ -89,19 +88,16 @@ def store_scales(SCALES, scales, start, num_scales, WINDOW: tl.constexpr, GROUPS
 
 @triton.jit
 def tokens_kernel(
-    X, MEAN, CODES, SCALES, num_heads, num_tokens, num_scales, stride_xb, stride_xh, stride_xl, stride_xd,
+    X, MEAN, CODES, SCALES, num_heads, num_tokens, num_scales, strides,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     WINDOW: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr, INT8: tl.constexpr, CENTERED: tl.constexpr,
     TOP: tl.constexpr,
 ):  # fmt: skip
     """8-bit codes (b, h, l, d) and scales (b, h, s) of BLOCK_M tokens of one head."""
-    num_tiles = tl.cdiv(num_tokens, BLOCK_M)
-    start = tl.program_id(0) % num_tiles * BLOCK_M
-    head = (tl.program_id(0) // num_tiles).to(tl.int64)
-    X += head // num_heads * stride_xb + head % num_heads * stride_xh
-    x = load_centered(
-        X, MEAN + head * HEAD_DIM, start, num_tokens, stride_xl, stride_xd, HEAD_DIM, PADDED_DIM, BLOCK_M, CENTERED
-    )
+    tile, head, b, h = program_of_head(num_tokens, num_heads, BLOCK_M)
+    start = tile * BLOCK_M
+    X = head_of(X, strides, b, h)
+    x = load_centered(X, MEAN + head * HEAD_DIM, start, num_tokens, strides, HEAD_DIM, PADDED_DIM, BLOCK_M, CENTERED)
     scales, by_token = group_scales(largest(tl.abs(x), 1), TOP, WINDOW, GROUPS, RUN)
     store_scales(SCALES + head * num_scales, scales, start, num_scales, WINDOW, GROUPS)
     rows = start + tl.arange(0, BLOCK_M)
@@ -112,15 +108,14 @@ def tokens_kernel(
 
 @triton.jit
 def channels_kernel(
-    X, SCALES, CODES, num_heads, num_tokens, channel_stride, stride_xb, stride_xh, stride_xl, stride_xd,
+    X, SCALES, CODES, num_heads, num_tokens, channel_stride, strides,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """e4m3 codes (b, h, d, l) of BLOCK_M tokens of one head; the channels lie `channel_stride` apart."""
-    num_tiles = tl.cdiv(num_tokens, BLOCK_M)
-    start = tl.program_id(0) % num_tiles * BLOCK_M
-    head = (tl.program_id(0) // num_tiles).to(tl.int64)
-    X += head // num_heads * stride_xb + head % num_heads * stride_xh
-    x = load_centered(X, SCALES, start, num_tokens, stride_xl, stride_xd, HEAD_DIM, PADDED_DIM, BLOCK_M, False)
+    tile, head, b, h = program_of_head(num_tokens, num_heads, BLOCK_M)
+    start = tile * BLOCK_M
+    X = head_of(X, strides, b, h)
+    x = load_centered(X, SCALES, start, num_tokens, strides, HEAD_DIM, PADDED_DIM, BLOCK_M, False)
     rows = start + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, PADDED_DIM)
     scales = tl.load(SCALES + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=1.0)
@@ -132,18 +127,17 @@ def channels_kernel(
 
 @triton.jit
 def nvfp4_kernel(
-    X, MEAN, VALUES, SCALES, num_heads, num_tokens, num_means, stride_xb, stride_xh, stride_xl, stride_xd,
+    X, MEAN, VALUES, SCALES, num_heads, num_tokens, num_means, strides,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     ALONG_TOKENS: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
     """NVFP4 values (b, h, l, d), and the scale (b, h, tiles) of a tile of BLOCK_M tokens of one head."""
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
-    tile = tl.program_id(0) % num_tiles
+    tile, head, b, h = program_of_head(num_tokens, num_heads, BLOCK_M)
     start = tile * BLOCK_M
-    head = (tl.program_id(0) // num_tiles).to(tl.int64)
-    X += head // num_heads * stride_xb + head % num_heads * stride_xh
+    X = head_of(X, strides, b, h)
     MEAN += (head * num_means + tile % num_means) * HEAD_DIM
-    x = load_centered(X, MEAN, start, num_tokens, stride_xl, stride_xd, HEAD_DIM, PADDED_DIM, BLOCK_M, CENTERED)
+    x = load_centered(X, MEAN, start, num_tokens, strides, HEAD_DIM, PADDED_DIM, BLOCK_M, CENTERED)
     size = largest(largest(tl.abs(x), 1), 0)
     unit = nonzero(tl.div_rn(size, tl.full(size.shape, NVFP4_MAX, tl.float32)))
     tl.store(SCALES + head * num_tiles + tile, unit)
@@ -208,40 +202,4 @@ def _launch(kernel: Any, x: Tensor, block: int, *arguments: object, **constants:
     b, h, length, d = x.shape
     shape = shape_constants(d)
     constants |= {**shape, "BLOCK_M": block, "num_warps": num_warps(shape["PADDED_DIM"])}
-    runtime.run(kernel, (triton.cdiv(length, block) * b * h,), *arguments, *x.stride(), **constants)
-
-
-def quantizer_case(
-    name: str, kernel: Any, block: int, head_dim: int, codes: str, oldest: int, **own: object
-) -> CompileCase:
-    """A quantizer of bfloat16 numbers for the ahead-of-time gate, on architectures from `oldest` on."""
-    types = {"X": "*bf16", "MEAN": "*fp32", "SCALES": "*fp32", "CODES": codes, "VALUES": codes}
-    types |= dict.fromkeys(("HEAD_DIM", "PADDED_DIM", "BLOCK_M", "stride_xd", *own), "constexpr")
-    types = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
-    uneven = ("num_heads", "num_scales", "num_means")
-    choice = LaunchConfig(block, 1, num_warps(padded_head_dim(head_dim)), 1)
-    return CompileCase(
-        name=f"{name} d{head_dim}",
-        kernel=kernel,
-        signature=types,
-        constexprs={**shape_constants(head_dim), **own, "stride_xd": 1},
-        divisible=tuple(a for a, kind in types.items() if kind[0] == "*" or (kind == "i32" and a not in uneven)),
-        launch=sampled({arch: choice for arch in ARCHITECTURES if arch >= oldest}, everywhere=False),
-        tiles=("BLOCK_M",),
-    )
-
-
-def compile_cases() -> tuple[CompileCase, ...]:
-    """The quantizers as the attentions of this room use them."""
-    queries, keys = QUERY_GROUPS["thread"], KEY_GROUPS["block"]
-    int8 = {**group_constants(queries, True), "CENTERED": False}
-    fp8 = {**group_constants(keys, False), "CENTERED": True}
-    nvfp4 = {"ALONG_TOKENS": False, "CENTERED": True}
-    values = {"ALONG_TOKENS": True, "CENTERED": False}
-    return (
-        quantizer_case("quantize int8 queries", tokens_kernel, tokens_block(queries), 128, "*i8", 80, **int8),
-        quantizer_case("quantize fp8 keys", tokens_kernel, tokens_block(keys), 128, "*fp8e4nv", 89, **fp8),
-        quantizer_case("quantize fp8 values", channels_kernel, CHANNELS_ROWS, 128, "*fp8e4nv", 89),
-        quantizer_case("quantize nvfp4 queries", nvfp4_kernel, QUERY_BLOCK, 128, "*bf16", 80, **nvfp4),
-        quantizer_case("quantize nvfp4 values", nvfp4_kernel, KEY_BLOCK, 128, "*bf16", 80, **values),
-    )
+    runtime.run(kernel, (triton.cdiv(length, block) * b * h,), *arguments, x.stride(), **constants)

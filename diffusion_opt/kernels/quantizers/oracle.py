@@ -3,10 +3,12 @@
 INT8 and FP8 codes are x / s, rounded, with s = max|x| / 127 (or 448) over the tokens that share the scale, all channels
 of the head:
 
-    block    128 queries, or 64 keys (SageAttention, Zhang et al. 2024, arXiv 2410.02367)
+    block    128 queries, or 128 keys: SageAttention (Zhang et al. 2024, arXiv 2410.02367) has 64, but then the matrix
+             products of half as many keys are rescaled one by one, and the error hardly differs
     thread   queries r with equal r mod 8 inside each 32: 4 of them; keys with equal (r mod 8) // 2 inside each 64: 16
              (SageAttention2, Zhang et al. 2024, arXiv 2411.10958). In the registers of a matrix unit's result each
-             thread holds just such rows and columns, so the finer scale costs it no extra load.
+             thread holds just such rows and columns, so in CUDA the finer scale costs no extra load. Triton does not
+             say which thread holds what: here it costs a load and a multiplication per score.
 
 Values get a scale for each channel, over all tokens: it leaves the sum over keys as a common factor.
 
@@ -40,7 +42,8 @@ from diffusion_opt.kernels.quantizers.formats import (
 Granularity = Literal["block", "thread"]
 EightBit = Literal["int8", "fp8"]
 QUERY_BLOCK = 128  # queries that share a scale, or the mean that smoothing takes off
-KEY_BLOCK = 64  # keys that share a scale; also the tile that FP4 attention rounds its weights in
+KEY_BLOCK = 64  # keys that share an NVFP4 scale; also the tile that FP4 attention rounds its weights in
+EIGHT_BIT_KEYS = 128  # keys that share a scale in 8 bits, and the tile in which the oracle rounds weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class ScaleGroups:
 
 
 QUERY_GROUPS = {"block": ScaleGroups(QUERY_BLOCK, 1, QUERY_BLOCK), "thread": ScaleGroups(32, 8, 1)}
-KEY_GROUPS = {"block": ScaleGroups(KEY_BLOCK, 1, KEY_BLOCK), "thread": ScaleGroups(KEY_BLOCK, 4, 2)}
+KEY_GROUPS = {"block": ScaleGroups(EIGHT_BIT_KEYS, 1, EIGHT_BIT_KEYS), "thread": ScaleGroups(KEY_BLOCK, 4, 2)}
 
 
 class Quantized(NamedTuple):

@@ -13,7 +13,7 @@ The scores are those of the rounded q and k, and delta is made with P and not wi
 That is what autograd gives if each rounding, of P too, is written as x + (Q(x) - x).detach(). The usual gradient of
 attention, from unrounded operands and delta = dO . O, belongs to another function, and training with it drifts.
 
-Weights are rounded relative to the largest score met so far, over tiles of 64 keys, as the 8-bit kernels do; the mean
+Weights are rounded relative to the largest score met so far, over tiles of 128 keys, as the 8-bit kernels do; the mean
 that smoothing takes off the keys is a constant, which is exact, since softmax does not see it. The backward pass is
 plain PyTorch and holds all weights (b, h, lq, lk): meant for the models of this repository, not for long videos.
 """
@@ -32,7 +32,7 @@ from diffusion_opt.kernels.attention.eight_bit.oracle import LOG2_E, dequantize_
 from diffusion_opt.kernels.attention.fp4 import fp4_attention
 from diffusion_opt.kernels.quantizers.formats import E4M3_MAX, round_e4m3
 from diffusion_opt.kernels.quantizers.oracle import (
-    KEY_BLOCK,
+    EIGHT_BIT_KEYS,
     KEY_GROUPS,
     QUERY_GROUPS,
     quantize_channels,
@@ -123,7 +123,9 @@ def _weights(
 ) -> tuple[Float[Tensor, "b h lq lk"], Float[Tensor, "b h lq lk"]]:
     """P and its rounding Pq; zeros in rows without a key."""
     num_keys = scores.shape[-1]
-    tiles = F.pad(scores * LOG2_E, (0, -num_keys % KEY_BLOCK), value=-torch.inf).unflatten(-1, (-1, KEY_BLOCK))
+    tiles = F.pad(scores * LOG2_E, (0, -num_keys % EIGHT_BIT_KEYS), value=-torch.inf).unflatten(
+        -1, (-1, EIGHT_BIT_KEYS)
+    )
     peaks = tiles.amax(-1, keepdim=True).cummax(-2).values  # the largest score met so far, tile by tile
     origins = peaks.masked_fill(peaks == -torch.inf, 0)
     local = (tiles - origins).exp2()

@@ -4,7 +4,7 @@
 
 Both products run on 8-bit matrix units: twice the peak of bfloat16 from sm_89 on. Three bits of mantissa leave a
 relative error of up to 1/16 a number, which averages out over a head but does not go away, so scales are as local as
-they can be without cost: blocks of 128 queries and 64 keys, single channels of v, and each query's own largest score
+they can be without cost: blocks of 128 queries and 128 keys, single channels of v, and each query's own largest score
 for the weights. FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608) and modelopt have one scale for a tensor and no
 smoothing, and suffer when k has channels with a large mean; here the mean of the keys is taken off as in
 `int8.py`.

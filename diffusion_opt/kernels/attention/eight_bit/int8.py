@@ -38,7 +38,7 @@ def int8_attention(
 ) -> Float[Tensor, "b h lq d"]:
     """softmax(scale q k^T + mask) v with q and k in INT8; `scale` is 1 / sqrt(d) unless given.
 
-    `granularity` says how many tokens share a scale ("block": 128 queries, 64 keys; "thread": 4 and 16), `values_in`
+    `granularity` says how many tokens share a scale ("block": 128 queries, 128 keys; "thread": 4 and 16), `values_in`
     in what weights and v are multiplied ("fp8" needs sm_89). Raises ValueError for arguments that do not fit, heads
     above 256 and, on a GPU, types that the architecture lacks.
     """

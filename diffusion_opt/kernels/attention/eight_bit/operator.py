@@ -2,7 +2,7 @@
 
 The operator takes codes and scales, not q, k, v, so that a caller who keeps keys quantized (a cache over denoising
 steps) pays for quantization once. INT8 or FP8 scores follow from the type of the codes. On a CPU it is the plain
-PyTorch of `oracle.py`, which rounds weights over tiles of 64 keys.
+PyTorch of `oracle.py`, which rounds weights over tiles of 128 keys.
 
 There is no gradient: these are for inference. Training under quantization is `fp4/operator.py`.
 """
@@ -16,10 +16,9 @@ from diffusion_opt.kernels.attention.arguments import Mask
 from diffusion_opt.kernels.attention.eight_bit import oracle as reference
 from diffusion_opt.kernels.attention.eight_bit.oracle import ValuesIn
 from diffusion_opt.kernels.quantizers.operator import largest_of_channels
-from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK, Granularity, Quantized
+from diffusion_opt.kernels.quantizers.oracle import EIGHT_BIT_KEYS, Granularity, Quantized
 
 HALF_MAX = torch.finfo(torch.float16).max
-KEY_TILE = 128  # keys whose weights, each at most 1, are summed in float16 at most
 
 
 def attention_on_codes(
@@ -47,7 +46,7 @@ def half_values(v: Float[Tensor, "b h l d"], sums: bool = False) -> Quantized:
     more than that: division by a power of two changes no bit of what stays above float16's smallest numbers.
     """
     largest = largest_of_channels(v)
-    most = HALF_MAX / KEY_TILE if sums else HALF_MAX
+    most = HALF_MAX / EIGHT_BIT_KEYS if sums else HALF_MAX
     power = (largest / most).log2().ceil().clamp(min=0).exp2()
     power = torch.where(largest.isfinite(), power, 1.0)  # infinities and NaN stay what they are
     return Quantized((v.float() / power[:, :, None]).to(torch.float16), power)
@@ -62,7 +61,7 @@ def eight_bit_op(
     out = torch.empty_like(like)
     if runtime.mode(q) == "reference":
         operands = (Quantized(q, q_scales), Quantized(k, k_scales), Quantized(v, v_scales))
-        result, lse = reference.attention_8bit(*operands, mask, scale, granularity, values_in, KEY_BLOCK)
+        result, lse = reference.attention_8bit(*operands, mask, scale, granularity, values_in, EIGHT_BIT_KEYS)
         return out.copy_(result), lse
     from diffusion_opt.kernels.attention.eight_bit.forward import forward  # Triton exists on Linux only
 

@@ -19,22 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.dense.forward import kernel_mask, load_rows
 from diffusion_opt.kernels.attention.fp4.forward import (
-    CASES,
     KEY_TILE,
     QUERY_TILE,
-    fp4_case,
     local_weights,
     round_weights,
     scores_of_tile,
     shape_constants,
 )
 from diffusion_opt.kernels.attention.fp4.oracle import Fp4Operands
-from diffusion_opt.kernels.gate.case import CompileCase
+from diffusion_opt.kernels.attention.softmax_tiles import kernel_mask
 from diffusion_opt.kernels.launch import launch, row_of
 from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK
 from diffusion_opt.kernels.quantizers.rounding import NVFP4_MAX
+from diffusion_opt.kernels.tiles import head_of, load_rows, program_of_head
 
 
 @triton.jit
@@ -46,38 +44,36 @@ def row_factors(tile_peak, lse):
 @triton.jit
 def keys_kernel(
     Q, Q_SCALES, Q_MEAN, K, K_SCALES, V, V_SCALES, GIVEN_BACK, MASK, GRAD_OUT, LSE2, DELTA, GRAD_K, GRAD_V,
-    scale, sigma, num_heads, num_queries, num_keys, stride_mb, stride_mh, stride_mq, stride_mk,
-    stride_gb, stride_gh, stride_gl, stride_gd,
+    scale, sigma, num_heads, num_queries, num_keys, mask_strides,
+    grad_strides,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, KIND: tl.constexpr,
     SMOOTH_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV (contiguous) of KEY_TILE keys of one head; `scale` is sigma log2 e, LSE2 in base 2."""
     num_tiles = tl.cdiv(num_keys, KEY_TILE)
     num_query_tiles = tl.cdiv(num_queries, QUERY_TILE)
-    tile = tl.program_id(0) % num_tiles
-    head = (tl.program_id(0) // num_tiles).to(tl.int64)
-    b, h = head // num_heads, head % num_heads
-    MASK += b * stride_mb + h * stride_mh
-    GRAD_OUT += b * stride_gb + h * stride_gh
+    tile, head, b, h = program_of_head(num_keys, num_heads, KEY_TILE)
+    MASK = head_of(MASK, mask_strides, b, h)
+    GRAD_OUT = head_of(GRAD_OUT, grad_strides, b, h)
     Q += head * num_queries * HEAD_DIM
     rows, keys, dims = tl.arange(0, BLOCK_M), tl.arange(0, KEY_TILE), tl.arange(0, PADDED_DIM)
     first = tile * KEY_TILE
-    k = load_rows(K + head * num_keys * HEAD_DIM, first, keys, dims, HEAD_DIM, 1, num_keys, HEAD_DIM, True)
-    v = load_rows(V + head * num_keys * HEAD_DIM, first, keys, dims, HEAD_DIM, 1, num_keys, HEAD_DIM, True)
+    k = load_rows(K + head * num_keys * HEAD_DIM, first, keys, dims, (0, 0, HEAD_DIM, 1), num_keys, HEAD_DIM, True)
+    v = load_rows(V + head * num_keys * HEAD_DIM, first, keys, dims, (0, 0, HEAD_DIM, 1), num_keys, HEAD_DIM, True)
     v_unit = tl.load(V_SCALES + head * num_tiles + tile)
     grad_k = tl.zeros([KEY_TILE, PADDED_DIM], tl.float32)
     grad_v = tl.zeros([KEY_TILE, PADDED_DIM], tl.float32)
     for start in range(0, num_queries, BLOCK_M):
         query_tile = head * num_query_tiles + start // QUERY_TILE
         q_unit = tl.load(Q_SCALES + query_tile)
-        q = load_rows(Q, start, rows, dims, HEAD_DIM, 1, num_queries, HEAD_DIM, True)
-        grad_out = load_rows(GRAD_OUT, start, rows, dims, stride_gl, stride_gd, num_queries, HEAD_DIM, True)
+        q = load_rows(Q, start, rows, dims, (0, 0, HEAD_DIM, 1), num_queries, HEAD_DIM, True)
+        grad_out = load_rows(GRAD_OUT, start, rows, dims, grad_strides, num_queries, HEAD_DIM, True)
         place = head * num_queries + start + rows
         lse = tl.load(LSE2 + place, mask=start + rows < num_queries, other=float("inf"))
         delta = tl.load(DELTA + place, mask=start + rows < num_queries, other=0.0)
         scores = scores_of_tile(
             q, k, q_unit, K_SCALES + head * num_tiles, GIVEN_BACK + query_tile * num_keys, MASK, first, start, rows,
-            num_queries, num_keys, stride_mq, stride_mk, scale, KIND, SMOOTH_Q,
+            num_queries, num_keys, mask_strides, scale, KIND, SMOOTH_Q,
         )  # fmt: skip
         p, tile_peak = local_weights(scores)
         factor = row_factors(tile_peak, lse)[:, None]
@@ -98,37 +94,37 @@ def keys_kernel(
 @triton.jit
 def queries_kernel(
     Q, Q_SCALES, K, K_SCALES, V, V_SCALES, GIVEN_BACK, MASK, GRAD_OUT, LSE2, DELTA, GRAD_Q,
-    scale, sigma, num_heads, num_queries, num_keys, stride_mb, stride_mh, stride_mq, stride_mk,
-    stride_gb, stride_gh, stride_gl, stride_gd,
+    scale, sigma, num_heads, num_queries, num_keys, mask_strides,
+    grad_strides,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, KIND: tl.constexpr,
     SMOOTH_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ (contiguous) of BLOCK_M queries of one head."""
-    num_tiles = tl.cdiv(num_queries, BLOCK_M)
-    start = tl.program_id(0) % num_tiles * BLOCK_M
-    head = (tl.program_id(0) // num_tiles).to(tl.int64)
-    b, h = head // num_heads, head % num_heads
+    tile, head, b, h = program_of_head(num_queries, num_heads, BLOCK_M)
+    start = tile * BLOCK_M
     K += head * num_keys * HEAD_DIM
     V += head * num_keys * HEAD_DIM
     K_SCALES += head * tl.cdiv(num_keys, KEY_TILE)
     V_SCALES += head * tl.cdiv(num_keys, KEY_TILE)
-    MASK += b * stride_mb + h * stride_mh
-    GRAD_OUT += b * stride_gb + h * stride_gh
+    MASK = head_of(MASK, mask_strides, b, h)
+    GRAD_OUT = head_of(GRAD_OUT, grad_strides, b, h)
     query_tile = head * tl.cdiv(num_queries, QUERY_TILE) + start // QUERY_TILE
     q_unit = tl.load(Q_SCALES + query_tile)
     rows, keys, dims = tl.arange(0, BLOCK_M), tl.arange(0, KEY_TILE), tl.arange(0, PADDED_DIM)
     inside = start + rows < num_queries
-    q = load_rows(Q + head * num_queries * HEAD_DIM, start, rows, dims, HEAD_DIM, 1, num_queries, HEAD_DIM, True)
-    grad_out = load_rows(GRAD_OUT, start, rows, dims, stride_gl, stride_gd, num_queries, HEAD_DIM, True)
+    q = load_rows(
+        Q + head * num_queries * HEAD_DIM, start, rows, dims, (0, 0, HEAD_DIM, 1), num_queries, HEAD_DIM, True
+    )
+    grad_out = load_rows(GRAD_OUT, start, rows, dims, grad_strides, num_queries, HEAD_DIM, True)
     lse = tl.load(LSE2 + head * num_queries + start + rows, mask=inside, other=float("inf"))
     delta = tl.load(DELTA + head * num_queries + start + rows, mask=inside, other=0.0)
     grad_q = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
     for first in range(0, num_keys, KEY_TILE):
-        k = load_rows(K, first, keys, dims, HEAD_DIM, 1, num_keys, HEAD_DIM, True)
-        v = load_rows(V, first, keys, dims, HEAD_DIM, 1, num_keys, HEAD_DIM, True)
+        k = load_rows(K, first, keys, dims, (0, 0, HEAD_DIM, 1), num_keys, HEAD_DIM, True)
+        v = load_rows(V, first, keys, dims, (0, 0, HEAD_DIM, 1), num_keys, HEAD_DIM, True)
         scores = scores_of_tile(
             q, k, q_unit, K_SCALES, GIVEN_BACK + query_tile * num_keys, MASK, first, start, rows, num_queries,
-            num_keys, stride_mq, stride_mk, scale, KIND, SMOOTH_Q,
+            num_keys, mask_strides, scale, KIND, SMOOTH_Q,
         )  # fmt: skip
         p, tile_peak = local_weights(scores)
         grad_p = tl.dot(grad_out, tl.trans(v).to(grad_out.dtype), input_precision=PRECISION)
@@ -154,7 +150,7 @@ def backward(
     queries = (x.q, x.q_scales)
     given_back, mean = (lse, lse) if x.given_back is None else (x.given_back, x.q_mean)
     others = (x.k, x.k_scales, x.v, x.v_scales, given_back, mask, grad_out, lse2, delta)
-    numbers = (scale / math.log(2), scale, h, lq, lk, *mask_strides, *grad_out.stride())
+    numbers = (scale / math.log(2), scale, h, lq, lk, mask_strides, grad_out.stride())
     shape = shape_constants(d, kind, x.given_back is not None, x.q.dtype)
     choice = launch(row_of("fp4_keys", x.q.dtype, kind != "none"), arch, d)
     tuning = {"BLOCK_M": choice.block_m, "num_warps": choice.num_warps, "num_stages": choice.num_stages}
@@ -165,9 +161,3 @@ def backward(
     grid = (triton.cdiv(lq, choice.block_m) * b * h,)
     runtime.run(queries_kernel, grid, *queries, *others, grads[0], *numbers, **shape, **tuning)
     return grads
-
-
-def compile_cases() -> tuple[CompileCase, ...]:
-    """Both kernels for the ahead-of-time gate."""
-    kernels = (("fp4_keys", keys_kernel, 8), ("fp4_queries", queries_kernel, 6))
-    return tuple(fp4_case(name, kernel, *case, flops) for name, kernel, flops in kernels for case in CASES)

@@ -3,8 +3,8 @@
 What is computed, `oracle.py` says. The operands come as e2m1 codes already multiplied by their e4m3 block
 scales, in bfloat16, float16 or float32, which hold these products exactly, and one float32 scale for each tile of
 tokens. So the matrix units multiply the very numbers that FP4 units would, at the speed of bfloat16: this is the path
-to train and to measure FP4 attention anywhere. (Real FP4 instructions through `tl.dot_scaled` are missing or wrong for
-NVFP4 in Triton 3.7 on every target but sm_120, and spill registers there.)
+to train and to measure FP4 attention anywhere, and a simulation: it is never faster than bfloat16. Instructions that
+multiply the codes themselves exist on sm_100 and sm_120; `blackwell.py` has the forward pass that uses them.
 
 Per tile of 64 keys, with t_i the row's largest score in it:
 
@@ -16,7 +16,6 @@ place of w / 2688 gives O_hp. Forward and backward share `scores_of_tile` and `r
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -24,10 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.dense.forward import OPCODES, kernel_mask, load_rows, masked_scores, precision
 from diffusion_opt.kernels.attention.fp4.oracle import Fp4Operands
-from diffusion_opt.kernels.gate.case import CompileCase, sampled
-from diffusion_opt.kernels.launch import chosen, launch, padded_head_dim, row_of
+from diffusion_opt.kernels.attention.softmax_tiles import kernel_mask, masked_scores
+from diffusion_opt.kernels.launch import launch, padded_head_dim, row_of
 from diffusion_opt.kernels.quantizers import oracle as quantize
 from diffusion_opt.kernels.quantizers.rounding import (
     E2M1_MAX,
@@ -39,8 +37,8 @@ from diffusion_opt.kernels.quantizers.rounding import (
     round_e2m1,
     round_positive_e4m3,
 )
+from diffusion_opt.kernels.tiles import LN_2, head_of, load_rows, precision, program_of_head, store_rows
 
-LN_2 = tl.constexpr(0.6931471805599453)
 QUERY_TILE = tl.constexpr(quantize.QUERY_BLOCK)
 KEY_TILE = tl.constexpr(quantize.KEY_BLOCK)
 
@@ -48,7 +46,7 @@ KEY_TILE = tl.constexpr(quantize.KEY_BLOCK)
 @triton.jit
 def scores_of_tile(
     q, k, q_unit, K_SCALES, GIVEN_BACK, MASK, start, first_query, rows, num_queries, num_keys,
-    stride_mq, stride_mk, scale, KIND: tl.constexpr, SMOOTH_Q: tl.constexpr,
+    mask_strides, scale, KIND: tl.constexpr, SMOOTH_Q: tl.constexpr,
 ):  # fmt: skip
     """Scores in base 2 of a tile of KEY_TILE keys from `start` on, -inf where there is no key or the mask is closed.
 
@@ -65,7 +63,7 @@ def scores_of_tile(
         scores = tl.where(inside, scores, -float("inf"))
     else:
         inside = inside & (first_query + rows < num_queries)[:, None]
-        scores = masked_scores(scores, MASK, first_query + rows, keys, stride_mq, stride_mk, inside, KIND)
+        scores = masked_scores(scores, MASK, first_query + rows, keys, mask_strides[2], mask_strides[3], inside, KIND)
     return scores
 
 
@@ -91,42 +89,42 @@ def round_weights(p):
 @triton.jit
 def fp4_forward_kernel(
     Q, Q_SCALES, K, K_SCALES, V, V_SCALES, GIVEN_BACK, MASK, OUT, OUT_HP, LSE, scale, num_heads, num_queries, num_keys,
-    stride_mb, stride_mh, stride_mq, stride_mk, stride_ob, stride_oh, stride_ol, stride_od,
+    mask_strides, out_strides,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, KIND: tl.constexpr,
     SMOOTH_Q: tl.constexpr, FOR_TRAINING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and lse (contiguous) of BLOCK_M queries of one head, and for training O_hp (contiguous)."""
-    num_tiles = tl.cdiv(num_queries, BLOCK_M)
-    start = tl.program_id(0) % num_tiles * BLOCK_M
-    head = (tl.program_id(0) // num_tiles).to(tl.int64)
-    b, h = head // num_heads, head % num_heads
+    tile, head, b, h = program_of_head(num_queries, num_heads, BLOCK_M)
+    start = tile * BLOCK_M
     K += head * num_keys * HEAD_DIM
     V += head * num_keys * HEAD_DIM
     K_SCALES += head * tl.cdiv(num_keys, KEY_TILE)
     V_SCALES += head * tl.cdiv(num_keys, KEY_TILE)
-    MASK += b * stride_mb + h * stride_mh
+    MASK = head_of(MASK, mask_strides, b, h)
     query_tile = head * tl.cdiv(num_queries, QUERY_TILE) + start // QUERY_TILE
     GIVEN_BACK += query_tile * num_keys
     q_unit = tl.load(Q_SCALES + query_tile)
     rows, keys, dims = tl.arange(0, BLOCK_M), tl.arange(0, KEY_TILE), tl.arange(0, PADDED_DIM)
     inside = start + rows < num_queries
-    q = load_rows(Q + head * num_queries * HEAD_DIM, start, rows, dims, HEAD_DIM, 1, num_queries, HEAD_DIM, True)
+    q = load_rows(
+        Q + head * num_queries * HEAD_DIM, start, rows, dims, (0, 0, HEAD_DIM, 1), num_queries, HEAD_DIM, True
+    )
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
     total_hp = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
     for first in range(0, num_keys, KEY_TILE):
-        k = load_rows(K, first, keys, dims, HEAD_DIM, 1, num_keys, HEAD_DIM, True)
+        k = load_rows(K, first, keys, dims, (0, 0, HEAD_DIM, 1), num_keys, HEAD_DIM, True)
         scores = scores_of_tile(
             q, k, q_unit, K_SCALES, GIVEN_BACK, MASK, first, start, rows, num_queries, num_keys,
-            stride_mq, stride_mk, scale, KIND, SMOOTH_Q,
+            mask_strides, scale, KIND, SMOOTH_Q,
         )  # fmt: skip
         p, tile_peak = local_weights(scores)
         new_peak = tl.maximum(peak, tile_peak)
         origin = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         correction, weight = tl.exp2(peak - origin), tl.exp2(tile_peak - origin)
         norm = norm * correction + tl.sum(p, 1) * weight
-        v = load_rows(V, first, keys, dims, HEAD_DIM, 1, num_keys, HEAD_DIM, True)
+        v = load_rows(V, first, keys, dims, (0, 0, HEAD_DIM, 1), num_keys, HEAD_DIM, True)
         weight *= tl.load(V_SCALES + first // KEY_TILE)
         part = tl.dot(round_weights(p).to(v.dtype), v, input_precision="tf32")  # exact, as the scores are
         total = total * correction[:, None] + part * (weight * (1 / NVFP4_MAX))[:, None]
@@ -137,9 +135,8 @@ def fp4_forward_kernel(
     tl.store(LSE + head * num_queries + start + rows, (peak + tl.log2(norm)) * LN_2, mask=inside)
     norm = tl.where(norm == 0.0, 1.0, norm)
     real = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    address = OUT + b * stride_ob + h * stride_oh + tl.cast(start, tl.int64) * stride_ol
-    address += rows[:, None] * stride_ol + dims[None, :] * stride_od
-    tl.store(address, (total / norm[:, None]).to(OUT.dtype.element_ty), mask=real)
+    out = total / norm[:, None]
+    store_rows(head_of(OUT, out_strides, b, h), start, rows, dims, out_strides, num_queries, out, HEAD_DIM)
     if FOR_TRAINING:
         place = (head * num_queries + start + rows)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(OUT_HP + place, total_hp / norm[:, None], mask=real)
@@ -162,7 +159,7 @@ def forward(x: Fp4Operands, mask: Tensor | None, scale: float, out: Tensor, out_
         (triton.cdiv(lq, choice.block_m) * b * h,),
         *(x.q, x.q_scales, x.k, x.k_scales, x.v, x.v_scales, lse if x.given_back is None else x.given_back, mask),
         *(out, lse if out_hp is None else out_hp, lse, scale / math.log(2), h, lq, x.k.shape[2]),
-        *(*mask_strides, *out.stride()),
+        *(mask_strides, out.stride()),
         **shape_constants(d, kind, x.given_back is not None, x.q.dtype),
         BLOCK_M=choice.block_m,
         FOR_TRAINING=out_hp is not None,
@@ -170,52 +167,3 @@ def forward(x: Fp4Operands, mask: Tensor | None, scale: float, out: Tensor, out_
         num_stages=choice.num_stages,
     )
     return lse
-
-
-CASES = (  # what the ahead-of-time gate compiles: (type, head dimension, mask)
-    (torch.bfloat16, 64, "none"),
-    (torch.bfloat16, 128, "none"),
-    (torch.bfloat16, 128, "bias"),
-    (torch.float32, 64, "none"),
-)
-TRITON_TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-
-
-def fp4_case(
-    name: str, kernel: Any, dtype: torch.dtype, head_dim: int, kind: str, flops_per_dim: int, **own: bool
-) -> CompileCase:
-    """An FP4 kernel as a training step on smoothed q and k launches it; `own` are its own constants."""
-    given = {**shape_constants(head_dim, kind, True, dtype), **own}
-    ones = [argument for argument in ("stride_od", "stride_gd") if argument in kernel.arg_names]
-    ones += [] if kind == "none" else ["stride_mk"]
-    types = {
-        "MASK": {"none": TRITON_TYPES[dtype], "bool": "*u8", "bias": "*fp32"}[kind],
-        "scale": "fp32",
-        "sigma": "fp32",
-    }
-    types |= dict.fromkeys(("Q", "K", "V", "OUT", "GRAD_OUT", "GRAD_Q", "GRAD_K", "GRAD_V"), TRITON_TYPES[dtype])
-    pointers = ("Q_SCALES", "K_SCALES", "V_SCALES", "Q_MEAN", "GIVEN_BACK", "OUT_HP", "LSE", "LSE2", "DELTA")
-    types |= dict.fromkeys(pointers, "*fp32") | dict.fromkeys([*given, "BLOCK_M", *ones], "constexpr")
-    types = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
-    aligned = [a for a, kind_ in types.items() if kind_[0] == "*" or (kind_ == "i32" and a != "num_heads")]
-    numbers = "fp32" if dtype == torch.float32 else "bf16"
-    units = {} if dtype == torch.float32 else OPCODES
-    mask = "" if kind == "none" else f" {kind} mask"
-    everywhere = (dtype, head_dim, kind) == (torch.bfloat16, 128, "none")
-    return CompileCase(
-        name=f"{name.replace('_', ' ')} {numbers} d{head_dim}{mask}",
-        kernel=kernel,
-        signature=types,
-        constexprs={**given, **dict.fromkeys(ones, 1)},
-        divisible=tuple(aligned),
-        launch=sampled(chosen(row_of(name, dtype, kind != "none"), head_dim), everywhere),
-        opcodes=units,
-        loop_flops={numbers: flops_per_dim * head_dim},
-        loop_exps=1,
-        tiles=("BLOCK_M",),
-    )
-
-
-def compile_cases() -> tuple[CompileCase, ...]:
-    """The kernel, as used in training, for the ahead-of-time gate."""
-    return tuple(fp4_case("fp4_forward", fp4_forward_kernel, *case, 6, FOR_TRAINING=True) for case in CASES)

@@ -13,10 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.gate.case import CompileCase, sampled
-from diffusion_opt.kernels.launch import ARCHITECTURES, LaunchConfig
+from diffusion_opt.kernels.launch import LaunchConfig
 
 RUN = 16  # tokens of a program of the backward pass
+
+
+@triton.jit
+def row_of_token(X, steps, b, token):
+    """Where the channels of a token begin; `steps` go to the next batch entry and token, 0 where tokens share a row."""
+    return X + b * steps[0] + token * steps[1]
 
 
 @triton.jit
@@ -31,8 +36,7 @@ def normalized(x, inside, channels, eps, LAYER: tl.constexpr):
 @triton.jit
 def forward_kernel(
     X, Y, GATE, SCALE, SHIFT, HIDDEN, OUT, eps, length, channels,
-    stride_xb, stride_xl, stride_yb, stride_yl,
-    stride_gb, stride_gl, stride_sb, stride_sl, stride_hb, stride_hl,
+    x_steps, y_steps, gate_steps, scale_steps, shift_steps,
     BLOCK_C: tl.constexpr, LAYER: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """One token. HIDDEN and OUT are contiguous; strides of parameters are 0 where tokens share a row."""
@@ -40,24 +44,23 @@ def forward_kernel(
     b, token = row // length, row % length
     column = tl.arange(0, BLOCK_C)
     inside = column < channels
-    x = tl.load(X + b * stride_xb + token * stride_xl + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(row_of_token(X, x_steps, b, token) + column, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        y = tl.load(Y + b * stride_yb + token * stride_yl + column, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(GATE + b * stride_gb + token * stride_gl + column, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(row_of_token(Y, y_steps, b, token) + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(row_of_token(GATE, gate_steps, b, token) + column, mask=inside, other=0.0).to(tl.float32)
         hidden = (x + gate * y).to(HIDDEN.dtype.element_ty)
         tl.store(HIDDEN + row * channels + column, hidden, mask=inside)
         x = hidden.to(tl.float32)
     n, _ = normalized(x, inside, channels, eps, LAYER)
-    scale = tl.load(SCALE + b * stride_sb + token * stride_sl + column, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(SHIFT + b * stride_hb + token * stride_hl + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(row_of_token(SCALE, scale_steps, b, token) + column, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(row_of_token(SHIFT, shift_steps, b, token) + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(OUT + row * channels + column, (n * (1.0 + scale) + shift).to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def backward_kernel(
     GRAD_HIDDEN, GRAD, HIDDEN, Y, GATE, SCALE, GRAD_X, GRAD_Y, GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, eps, length, channels,
-    stride_rb, stride_rl, stride_ob, stride_ol, stride_xb, stride_xl, stride_yb, stride_yl,
-    stride_gb, stride_gl, stride_sb, stride_sl,
+    arriving_steps, grad_steps, x_steps, y_steps, gate_steps, scale_steps,
     BLOCK_C: tl.constexpr, RUN: tl.constexpr, LAYER: tl.constexpr, GATED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """RUN tokens of a batch entry. Results are contiguous; those of parameters are one row a run if SHARED."""
@@ -71,26 +74,26 @@ def backward_kernel(
     )  # fmt: skip
     for token in range(first, tl.minimum(first + RUN, length)):
         place = (b * length + token) * channels + column
-        x = tl.load(HIDDEN + b * stride_xb + token * stride_xl + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(row_of_token(HIDDEN, x_steps, b, token) + column, mask=inside, other=0.0).to(tl.float32)
         n, factor = normalized(x, inside, channels, eps, LAYER)
-        grad = tl.load(GRAD + b * stride_ob + token * stride_ol + column, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(row_of_token(GRAD, grad_steps, b, token) + column, mask=inside, other=0.0).to(tl.float32)
         if SHARED:
             sum_scale += grad * n
             sum_shift += grad
         else:
             tl.store(GRAD_SCALE + place, grad * n, mask=inside)
             tl.store(GRAD_SHIFT + place, grad, mask=inside)
-        scale = tl.load(SCALE + b * stride_sb + token * stride_sl + column, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(row_of_token(SCALE, scale_steps, b, token) + column, mask=inside, other=0.0).to(tl.float32)
         e = grad * (1.0 + scale)
         if LAYER:
             e -= tl.sum(e, 0) / channels  # before the other mean, which does not change: the mean of n is 0
         grad_x = (e - n * (tl.sum(e * n, 0) / channels)) * factor
         if GATED:
-            arriving = tl.load(GRAD_HIDDEN + b * stride_rb + token * stride_rl + column, mask=inside, other=0.0)
+            arriving = tl.load(row_of_token(GRAD_HIDDEN, arriving_steps, b, token) + column, mask=inside, other=0.0)
             grad_x += arriving.to(tl.float32)
-            gate = tl.load(GATE + b * stride_gb + token * stride_gl + column, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(row_of_token(GATE, gate_steps, b, token) + column, mask=inside, other=0.0).to(tl.float32)
             tl.store(GRAD_Y + place, (grad_x * gate).to(GRAD_Y.dtype.element_ty), mask=inside)
-            y = tl.load(Y + b * stride_yb + token * stride_yl + column, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(row_of_token(Y, y_steps, b, token) + column, mask=inside, other=0.0).to(tl.float32)
             if SHARED:
                 sum_gate += grad_x * y
             else:
@@ -121,7 +124,7 @@ def forward(
     runtime.run(
         forward_kernel,
         (b * length,),
-        *(*rows, hidden, out, eps, length, channels, *_strides(*rows)),
+        *(*rows, hidden, out, eps, length, channels, *_steps(*rows)),
         BLOCK_C=choice.block_n,
         LAYER=norm == "layer",
         GATED=gate is not None,
@@ -146,7 +149,7 @@ def backward(
     runtime.run(
         backward_kernel,
         (b * runs,),
-        *(*rows, grad_x, grad_y, *parts, eps, length, channels, *_strides(*rows)),
+        *(*rows, grad_x, grad_y, *parts, eps, length, channels, *_steps(*rows)),
         BLOCK_C=choice.block_n,
         RUN=RUN,
         LAYER=norm == "layer",
@@ -163,38 +166,6 @@ def _with_rows(*tensors: Tensor | None) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in (present if x is None else x for x in tensors)]
 
 
-def _strides(*rows: Tensor) -> list[int]:
+def _steps(*rows: Tensor) -> list[tuple[int, int]]:
     """Steps to the next batch entry and token, 0 for a token where all share one row."""
-    return [step for x in rows for step in (x.stride(0), x.stride(1) if x.shape[1] > 1 else 0)]
-
-
-def compile_cases() -> tuple[CompileCase, ...]:
-    """FLUX.2's 6144 channels, LTX-2's 4096 with the RMS norm, bfloat16."""
-    cases = []
-    for kernel, channels, layer, gated in (
-        (forward_kernel, 6144, True, False),
-        (forward_kernel, 6144, True, True),
-        (forward_kernel, 4096, False, True),
-        (backward_kernel, 6144, True, True),
-    ):
-        fixed = {"LAYER": layer, "GATED": gated}
-        fixed |= {"RUN": RUN, "SHARED": True} if kernel is backward_kernel else {}
-        types = {}
-        for name in kernel.arg_names:
-            sums = name in ("GRAD_GATE", "GRAD_SCALE", "GRAD_SHIFT")
-            types[name] = ("*fp32" if sums else "*bf16") if name.isupper() else "i32"
-        types |= {"eps": "fp32"} | dict.fromkeys((*fixed, "BLOCK_C"), "constexpr")
-        what = "forward" if kernel is forward_kernel else "backward"
-        choice = row_launch(channels)
-        cases.append(
-            CompileCase(
-                name=f"{'gated ' if gated else ''}modulate {what} {'layer' if layer else 'rms'} bf16 c{channels}",
-                kernel=kernel,
-                signature=types,
-                constexprs={**fixed, "BLOCK_C": choice.block_n},
-                divisible=tuple(n for n, kind in types.items() if kind[0] == "*" or (kind == "i32" and n != "length")),
-                launch=sampled(dict.fromkeys(ARCHITECTURES, choice), everywhere=False),
-                tiles=(),
-            )
-        )
-    return tuple(cases)
+    return [(x.stride(0), x.stride(1) if x.shape[1] > 1 else 0) for x in rows]

@@ -14,18 +14,14 @@ writes the sum of its tokens, before rounding, and the mean comes with the resul
 since softmax does not mind which vector is taken off, for the next denoising step.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
-from diffusion_opt.kernels.attention.dense.forward import load_rows
 from diffusion_opt.kernels.fused.qk_norm_rope.oracle import Rotation
-from diffusion_opt.kernels.gate.case import CompileCase, sampled
-from diffusion_opt.kernels.launch import ARCHITECTURES, LaunchConfig, padded_head_dim
+from diffusion_opt.kernels.launch import padded_head_dim
 from diffusion_opt.kernels.quantizers.kernel import (
     group_constants,
     group_scales,
@@ -34,27 +30,24 @@ from diffusion_opt.kernels.quantizers.kernel import (
     to_codes,
     tokens_block,
 )
-from diffusion_opt.kernels.quantizers.oracle import QUERY_GROUPS, ScaleGroups
+from diffusion_opt.kernels.quantizers.oracle import ScaleGroups
 from diffusion_opt.kernels.quantizers.rounding import at_least, largest
+from diffusion_opt.kernels.tiles import head_of, load_rows
 
 FLOAT_BLOCK = 32  # tokens of a program that writes floats
 RMS_BLOCK = 32  # tokens of a program of inverse_rms_kernel
 
 
 @triton.jit
-def load_pairs(
-    X, start, rows, stride_l, stride_d, end, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAIRS: tl.constexpr
-):
+def load_pairs(X, start, rows, strides, end, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAIRS: tl.constexpr):
     """First and second channels (rows, PADDED_DIM / 2) of the pairs of a tile, float32, zeros outside."""
     HALF: tl.constexpr = PADDED_DIM // 2
     if PAIRS == "halves":
         dims = tl.arange(0, HALF)
-        first = load_rows(X, start, rows, dims, stride_l, stride_d, end, HEAD_DIM // 2, True)
-        second = load_rows(
-            X + HEAD_DIM // 2 * stride_d, start, rows, dims, stride_l, stride_d, end, HEAD_DIM // 2, True
-        )
+        first = load_rows(X, start, rows, dims, strides, end, HEAD_DIM // 2, True)
+        second = load_rows(X + HEAD_DIM // 2 * strides[3], start, rows, dims, strides, end, HEAD_DIM // 2, True)
     else:
-        x = load_rows(X, start, rows, tl.arange(0, PADDED_DIM), stride_l, stride_d, end, HEAD_DIM, True)
+        x = load_rows(X, start, rows, tl.arange(0, PADDED_DIM), strides, end, HEAD_DIM, True)
         first, second = tl.split(tl.reshape(x, (rows.shape[0], HALF, 2)))
     return first.to(tl.float32), second.to(tl.float32)
 
@@ -72,25 +65,25 @@ def load_vector_pairs(V, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAIRS
 
 @triton.jit
 def store_pairs(
-    Y, first, second, start, rows, stride_l, stride_d, end,
+    Y, first, second, start, rows, strides, end,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Write what `load_pairs` would read; the halves have the type of the memory."""
-    address = Y + tl.cast(start, tl.int64) * stride_l + rows[:, None] * stride_l
+    address = Y + tl.cast(start, tl.int64) * strides[2] + rows[:, None] * strides[2]
     inside = (start + rows < end)[:, None]
     if PAIRS == "halves":
         dims = tl.arange(0, PADDED_DIM // 2)[None, :]
-        tl.store(address + dims * stride_d, first, mask=inside & (dims < HEAD_DIM // 2))
-        tl.store(address + (dims + HEAD_DIM // 2) * stride_d, second, mask=inside & (dims < HEAD_DIM // 2))
+        tl.store(address + dims * strides[3], first, mask=inside & (dims < HEAD_DIM // 2))
+        tl.store(address + (dims + HEAD_DIM // 2) * strides[3], second, mask=inside & (dims < HEAD_DIM // 2))
     else:
         dims = tl.arange(0, PADDED_DIM)[None, :]
         y = tl.reshape(tl.join(first, second), (rows.shape[0], PADDED_DIM))
-        tl.store(address + dims * stride_d, y, mask=inside & (dims < HEAD_DIM))
+        tl.store(address + dims * strides[3], y, mask=inside & (dims < HEAD_DIM))
 
 
 @triton.jit
 def inverse_rms_kernel(
-    X, INVERSE_RMS, eps, num_heads, num_tokens, stride_xb, stride_xh, stride_xl, stride_xd,
+    X, INVERSE_RMS, eps, num_heads, num_tokens, x_strides,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """1 / rms (b, l) over all heads of BLOCK_M tokens."""
@@ -100,8 +93,8 @@ def inverse_rms_kernel(
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, PADDED_DIM)
     squares = tl.zeros([BLOCK_M], tl.float32)
     for h in range(0, num_heads):
-        head = X + b * stride_xb + tl.cast(h, tl.int64) * stride_xh
-        x = load_rows(head, start, rows, dims, stride_xl, stride_xd, num_tokens, HEAD_DIM, True).to(tl.float32)
+        head = head_of(X, x_strides, b, tl.cast(h, tl.int64))
+        x = load_rows(head, start, rows, dims, x_strides, num_tokens, HEAD_DIM, True).to(tl.float32)
         squares += tl.sum(x * x, 1)
     inverse = tl.rsqrt(squares / (num_heads * HEAD_DIM) + eps)
     tl.store(INVERSE_RMS + b * num_tokens + start + rows, inverse, mask=start + rows < num_tokens)
@@ -110,8 +103,7 @@ def inverse_rms_kernel(
 @triton.jit
 def norm_rope_kernel(
     X, WEIGHT, INVERSE_RMS, COS, SIN, MEAN, Y, SCALES, SUMS, eps, num_heads, num_tokens, num_scales,
-    stride_xb, stride_xh, stride_xl, stride_xd, stride_cb, stride_ch, stride_cl, stride_cd,
-    stride_sb, stride_sh, stride_sl, stride_sd, stride_yb, stride_yh, stride_yl, stride_yd,
+    x_strides, cos_strides, sin_strides, y_strides,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, ACROSS_HEADS: tl.constexpr,
     PAIRS: tl.constexpr, ROTATE: tl.constexpr, WITH_SUMS: tl.constexpr, QUANTIZE: tl.constexpr,
     CENTERED: tl.constexpr, WINDOW: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr, INT8: tl.constexpr,
@@ -125,8 +117,8 @@ def norm_rope_kernel(
     start = tile * BLOCK_M
     head = b * num_heads + h
     rows, pair = tl.arange(0, BLOCK_M), tl.arange(0, PADDED_DIM // 2)
-    X += b * stride_xb + h * stride_xh
-    first, second = load_pairs(X, start, rows, stride_xl, stride_xd, num_tokens, HEAD_DIM, PADDED_DIM, PAIRS)
+    X = head_of(X, x_strides, b, h)
+    first, second = load_pairs(X, start, rows, x_strides, num_tokens, HEAD_DIM, PADDED_DIM, PAIRS)
     if ACROSS_HEADS:
         WEIGHT += h * HEAD_DIM
         inverse = tl.load(INVERSE_RMS + b * num_tokens + start + rows, mask=start + rows < num_tokens, other=0.0)
@@ -135,15 +127,14 @@ def norm_rope_kernel(
     weight_1, weight_2 = load_vector_pairs(WEIGHT, HEAD_DIM, PADDED_DIM, PAIRS)
     first, second = first * inverse[:, None] * weight_1[None, :], second * inverse[:, None] * weight_2[None, :]
     if ROTATE:
-        COS += b * stride_cb + h * stride_ch
-        SIN += b * stride_sb + h * stride_sh
-        cos = load_rows(COS, start, rows, pair, stride_cl, stride_cd, num_tokens, HEAD_DIM // 2, True).to(tl.float32)
-        sin = load_rows(SIN, start, rows, pair, stride_sl, stride_sd, num_tokens, HEAD_DIM // 2, True).to(tl.float32)
+        COS, SIN = head_of(COS, cos_strides, b, h), head_of(SIN, sin_strides, b, h)
+        cos = load_rows(COS, start, rows, pair, cos_strides, num_tokens, HEAD_DIM // 2, True).to(tl.float32)
+        sin = load_rows(SIN, start, rows, pair, sin_strides, num_tokens, HEAD_DIM // 2, True).to(tl.float32)
         first, second = first * cos - second * sin, second * cos + first * sin
     if WITH_SUMS:
         SUMS += (head * num_tiles + tile) * HEAD_DIM
         sums_1, sums_2 = tl.sum(first, 0)[None, :], tl.sum(second, 0)[None, :]
-        store_pairs(SUMS, sums_1, sums_2, 0, tl.arange(0, 1), HEAD_DIM, 1, 1, HEAD_DIM, PADDED_DIM, PAIRS)
+        store_pairs(SUMS, sums_1, sums_2, 0, tl.arange(0, 1), (0, 0, HEAD_DIM, 1), 1, HEAD_DIM, PADDED_DIM, PAIRS)
     if QUANTIZE:
         if CENTERED:
             mean_1, mean_2 = load_vector_pairs(MEAN + head * HEAD_DIM, HEAD_DIM, PADDED_DIM, PAIRS)
@@ -156,8 +147,8 @@ def norm_rope_kernel(
         y_1, y_2 = to_codes(first, by_token, INT8), to_codes(second, by_token, INT8)
     else:
         y_1, y_2 = first.to(Y.dtype.element_ty), second.to(Y.dtype.element_ty)
-    Y += b * stride_yb + h * stride_yh
-    store_pairs(Y, y_1, y_2, start, rows, stride_yl, stride_yd, num_tokens, HEAD_DIM, PADDED_DIM, PAIRS)
+    Y = head_of(Y, y_strides, b, h)
+    store_pairs(Y, y_1, y_2, start, rows, y_strides, num_tokens, HEAD_DIM, PADDED_DIM, PAIRS)
 
 
 NOT_QUANTIZED = {"QUANTIZE": False, "CENTERED": False, "WINDOW": 1, "GROUPS": 1, "RUN": 1, "INT8": False, "TOP": 1.0}
@@ -192,7 +183,7 @@ def launch_norm_rope(
         (tiles * b * h,),
         *(x, weight, inverse, cos, sin, weight if mean is None else mean.contiguous(), y),
         *(weight if scales is None else scales, sums, eps, h, length, 0 if scales is None else scales.shape[2]),
-        *(*x.stride(), *cos.stride(), *sin.stride(), *y.stride()),
+        *(x.stride(), cos.stride(), sin.stride(), y.stride()),
         **{**shape, **own, "BLOCK_M": block, "WITH_SUMS": with_mean, "num_warps": num_warps(shape["PADDED_DIM"])},
     )
     return sums.sum(2) / length if with_mean else x.new_empty(0, dtype=torch.float32)
@@ -204,47 +195,5 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     constants = {"HEAD_DIM": d, "PADDED_DIM": padded_head_dim(d), "BLOCK_M": RMS_BLOCK}
     grid = (triton.cdiv(length, RMS_BLOCK) * b,)
     warps = num_warps(constants["PADDED_DIM"])
-    runtime.run(inverse_rms_kernel, grid, x, inverse, eps, h, length, *x.stride(), **constants, num_warps=warps)
+    runtime.run(inverse_rms_kernel, grid, x, inverse, eps, h, length, x.stride(), **constants, num_warps=warps)
     return inverse
-
-
-def _case(
-    name: str, kernel: Any, block: int, output: str, oldest: int, ones: tuple[str, ...], **own: object
-) -> CompileCase:
-    """A launch on bfloat16 heads of 128 with float32 tables; `ones` are the strides that are 1."""
-    types = {"X": "*bf16", "WEIGHT": "*bf16", "Y": output, "eps": "fp32"}
-    types |= dict.fromkeys(("INVERSE_RMS", "COS", "SIN", "MEAN", "SCALES", "SUMS"), "*fp32")
-    types |= dict.fromkeys((*own, *ones, "BLOCK_M"), "constexpr")
-    types = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
-    uneven = ("num_heads", "num_scales", "stride_cd", "stride_sd")
-    choice = LaunchConfig(block, 1, num_warps(128), 1)
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature=types,
-        constexprs={**own, **dict.fromkeys(ones, 1)},
-        divisible=tuple(a for a, kind in types.items() if kind[0] == "*" or (kind == "i32" and a not in uneven)),
-        launch=sampled({arch: choice for arch in ARCHITECTURES if arch >= oldest}, everywhere=False),
-        tiles=("BLOCK_M",),
-    )
-
-
-def compile_cases() -> tuple[CompileCase, ...]:
-    """The three families' norm and rotation, and queries straight to codes, for the ahead-of-time gate.
-
-    The tables of FLUX.2 and Wan hold each number twice, so their stride is 2; LTX-2's split form holds it once.
-    """
-    flux2, wan = shape_constants(128, False, "neighbors"), shape_constants(128, True, "neighbors")
-    ltx2, plain = shape_constants(128, True, "halves"), {**NOT_QUANTIZED, "WITH_SUMS": True}
-    groups, twice = QUERY_GROUPS["block"], ("stride_xd", "stride_yd")
-    once, block = (*twice, "stride_cd", "stride_sd"), tokens_block(groups)
-    int8, fp8 = (quantized_constants(groups, integers, False) | {"WITH_SUMS": True} for integers in (True, False))
-    kernel, head = norm_rope_kernel, {"HEAD_DIM": 128, "PADDED_DIM": 128}
-    return (
-        _case("norm rope flux2 d128", kernel, FLOAT_BLOCK, "*bf16", 80, twice, **flux2, **plain),
-        _case("norm rope wan d128", kernel, FLOAT_BLOCK, "*bf16", 80, twice, **wan, **plain),
-        _case("norm rope ltx2 d128", kernel, FLOAT_BLOCK, "*bf16", 80, once, **ltx2, **plain),
-        _case("norm rope flux2 to int8 d128", kernel, block, "*i8", 80, twice, **flux2, **int8),
-        _case("norm rope flux2 to fp8 d128", kernel, block, "*fp8e4nv", 89, twice, **flux2, **fp8),
-        _case("inverse rms d128", inverse_rms_kernel, RMS_BLOCK, "*bf16", 80, ("stride_xd",), **head),
-    )
