@@ -82,6 +82,11 @@ DENSE_FORWARD = {
     100: peeled(heads(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 128, 8, 2), LaunchConfig(128, 32, 8, 2))),
     120: heads(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(32, 32, 4, 2)),
 }
+# Warps of two kinds (`attention/dense/specialized.py`): Triton splits the loop of four warps on sm_90, of eight on 100.
+DENSE_FORWARD_SPECIALIZED = {
+    90: heads(LaunchConfig(128, 128, 4, 2, "inside"), LaunchConfig(128, 128, 4, 2, "inside")),
+    100: heads(LaunchConfig(128, 128, 8, 3, "inside"), LaunchConfig(128, 128, 8, 2, "inside")),
+}
 DENSE_KEYS = {
     80: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
     89: heads(LaunchConfig(64, 64, 8, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(16, 64, 8, 1)),
@@ -172,8 +177,12 @@ INT8_SCORES_FP16_VALUES_MASKED = {
     90: peeled(heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 4, 2))),
     120: {**EIGHT_BIT_MASKED, 256: LaunchConfig(64, 32, 8, 2)},
 }
-FP8_SCORES = {**dict.fromkeys((89, 100, 120), EIGHT_BIT), 90: WIDE}
-INT8_SCORES_FP8_VALUES = {**FP8_SCORES, 120: {**EIGHT_BIT, 128: LaunchConfig(64, 64, 4, 3)}}
+FP8_SCORES = {
+    **dict.fromkeys((89, 100), EIGHT_BIT),
+    90: WIDE,
+    120: {**EIGHT_BIT, 128: LaunchConfig(128, 32, 8, 3)},
+}
+INT8_SCORES_FP8_VALUES = FP8_SCORES
 FP8_VALUES_MASKED = {
     89: EIGHT_BIT_MASKED,
     90: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 8, 2)),
@@ -231,6 +240,7 @@ LAUNCH: dict[str, dict[int, dict[int, LaunchConfig]]] = {
     "dense_forward": DENSE_FORWARD,
     "dense_forward_fp32": DENSE_FORWARD_FP32,
     "dense_forward_masked": DENSE_FORWARD_MASKED,
+    "dense_forward_specialized": DENSE_FORWARD_SPECIALIZED,
     "dense_keys": DENSE_KEYS,
     "dense_keys_masked": DENSE_KEYS_MASKED,
     "dense_keys_fp32": DENSE_KEYS_FP32,

@@ -16,9 +16,9 @@ decorated and holds for the whole process; here one process can interpret a kern
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any, Literal
 
 import torch
@@ -79,10 +79,11 @@ def architecture(device: torch.device) -> int:
     return known[-1]
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, scratch: bool = False, **constants: Any) -> None:
     """Start a Triton kernel on a grid of programs, on the device of its first tensor.
 
-    `constants` are the kernel's constexpr arguments and Triton's own `num_warps` and `num_stages`.
+    `constants` are the kernel's constexpr arguments and Triton's own `num_warps` and `num_stages`. Kernels that make
+    tensor descriptors need `scratch` memory on the device to keep them in.
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     on_gpu = bool(tensors) and tensors[0].is_cuda
@@ -94,4 +95,15 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -
         return
     here: AbstractContextManager = torch.cuda.device(tensors[0].device) if on_gpu else nullcontext()
     with here:
-        kernel[grid](*arguments, **constants)
+        if scratch:
+            copy_context().run(_with_scratch, kernel[grid], *arguments, **constants)
+        else:
+            kernel[grid](*arguments, **constants)
+
+
+def _with_scratch(start: Callable[..., Any], *arguments: Any, **constants: Any) -> None:
+    """Start a kernel with torch's allocator for what it asks for; in a context of its own, so that no setting stays."""
+    import triton
+
+    triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    start(*arguments, **constants)

@@ -1,6 +1,7 @@
 """The compile gate: it compiles without a GPU, reports what fails with the compiler's words, and the table holds."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ from kernels.gate import example_kernels
 from diffusion_opt.evaluation.machine import usable_cores
 from diffusion_opt.kernels.gate import aot
 from diffusion_opt.kernels.gate import report as compile_report
-from diffusion_opt.kernels.gate.aot import Compiled, Failure, compile_all, complaint
+from diffusion_opt.kernels.gate.aot import Compiled, Failure, compile_all, compile_case, complaint
 from diffusion_opt.kernels.gate.case import CompileCase
 from diffusion_opt.kernels.gate.cases import all_cases
+from diffusion_opt.kernels.gate.sass import Loop, MachineCode
 from diffusion_opt.kernels.launch import LaunchConfig
 
 EXAMPLES = "kernels.gate.example_kernels:cases"
@@ -90,6 +92,40 @@ def test_what_the_compiler_printed_before_it_died_is_kept():
     assert complaint(stderr) == "a.py:3:1: error: unsupported\nRuntimeError: failed"
 
 
+SERIAL = Loop(100, {}, 64, {"HGMMA": 4}, None, waits=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"remarks": ("C7515",)}, r"serialized \(C7515"),
+        ({"code": MachineCode(64, 0, 0, 0, 500, {"HGMMA": 4}, loop=SERIAL)}, "4 waits for {'HGMMA': 4}"),
+        ({"absent": ("max.NaN.f32",)}, "no max.NaN.f32 in the PTX: a NaN would become a number"),
+    ],
+)
+def test_serialized_products_and_a_lost_nan_are_problems(change, says):
+    fine = Compiled("fine", 90, MachineCode(64, 0, 0, 0, 500, {"HGMMA": 4}, loop=replace(SERIAL, waits=1)), 4096, 0)
+    found = compile_report.problems(CASES["fine"], replace(fine, **change))
+    assert [bool(re.search(says, one)) for one in found] == ([True] if says else [])
+
+
+def test_strides_known_to_be_1_are_constants_of_a_tuple():
+    case = CompileCase(
+        "x", print, {"X": "*fp32", "x_strides": ("i32", "i32", "1"), "n": "i32", "BLOCK_M": "constexpr"}, {},
+        ("X", "x_strides"), {90: LaunchConfig(16, 16, 4, 1)}, tiles=("BLOCK_M",),
+    )  # fmt: skip
+    signature, constants, divisors = aot._specialized(case, 90)
+    assert signature["x_strides"] == ("i32", "i32", "constexpr")
+    assert constants == {"BLOCK_M": 16, (1, 2): 1}
+    assert set(divisors) == {(0,), (1, 0), (1, 1)}
+
+
+def test_a_kernel_that_loses_nan_is_found_in_its_ptx():
+    assert compile_case(replace(CASES["row"], ptx=("max.NaN.f32",)), 90).absent == ("max.NaN.f32",)
+    assert compile_case(replace(CASES["row"], ptx=("ld.global",)), 90).absent == ()
+
+
 def test_a_case_checks_that_its_parts_fit():
     good = {"name": "x", "kernel": print, "launch": {80: LaunchConfig(16, 16, 4, 1)}, "divisible": ()}
     signature = {"a": "*fp32", "BLOCK_M": "constexpr", "BLOCK_N": "constexpr"}
@@ -156,8 +192,18 @@ def test_the_table_has_a_row_for_each_case_and_no_other():
     assert set(compile_report.load()) == set(compile_report.jobs(all_cases()))
 
 
-def test_every_recorded_row_is_free_of_spills():
-    assert not {job for job, row in compile_report.load().items() if row["spills"]}
+def test_every_recorded_row_is_free_of_spills_and_of_serialized_matrix_instructions():
+    rows = compile_report.load()
+    assert not {job for job, row in rows.items() if row["spills"]}
+    assert not {job: row["remarks"] for job, row in rows.items() if row.get("remarks")}
+    hopper = {job: row for job, row in rows.items() if any(name.endswith("GMMA") for name in row["matrix"])}
+    assert len(hopper) > 50 and all("waits" in row for row in hopper.values() if "loop_instructions" in row)
+
+
+def test_the_specialized_kernels_copy_by_the_copy_engine():
+    rows = {job: row for job, row in compile_report.load().items() if "specialized" in job[0]}
+    assert {arch for _, arch in rows} == {90, 100}
+    assert all(row["tma"] >= 3 and row["async_copies"] == 0 for row in rows.values())
 
 
 def test_some_kernels_compile_as_recorded():

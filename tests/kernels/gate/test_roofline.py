@@ -77,6 +77,12 @@ def test_a_kernel_without_matrix_loop_has_no_roofline():
     assert roofline(case(), 90, None) is None
 
 
+def test_a_serialized_loop_has_no_roofline():
+    loop = Loop(100, {}, 64, {"HGMMA": 4}, 2 * 64 * 32 * DEPTH // 4, waits=4)
+    assert roofline(scores_case("x", LaunchConfig(64, 32, 4, 2), (90,)), 90, loop) is None
+    assert roofline(scores_case("x", LaunchConfig(64, 32, 4, 2), (90,)), 90, replace(loop, waits=1)) is not None
+
+
 def test_an_operand_the_hardware_lacks_is_refused():
     with pytest.raises(ValueError, match=r"A100.*sm_80.*multiplies no fp8"):
         roofline(replace(case(), loop_flops={"fp8": 64}), 80, loop())

@@ -130,3 +130,17 @@ def test_units(opcode, kind):
 def test_a_text_without_code_is_refused_with_what_it_says():
     with pytest.raises(ValueError, match=r"no machine code.*cuobjdump fatal"):
         read_sass("cuobjdump fatal   : No input file")
+
+
+@pytest.mark.parametrize(("waits", "serialized"), [(1, False), (2, True)])
+def test_a_loop_that_waits_for_each_matrix_instruction_is_serialized(waits, serialized):
+    product = "HGMMA.64x64x16.F32.BF16 R88, gdesc[UR12], R88"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    body = [product, wait, product, wait if waits == 2 else "FADD R1, R1, R2"]  # 0x00 … 0x30
+    loop = read_sass(listing(*body, "MUFU.EX2 R3, R3", "@!P3 BRA 0x0", "EXIT")).loop
+    assert (loop.waits, loop.serialized) == (waits, serialized)
+
+
+def test_instructions_of_single_warps_are_waited_for_by_nobody():
+    loop = read_sass(listing("HMMA.16816.F32.BF16 R4, R8, R2, R4", "@!P3 BRA 0x0", "EXIT")).loop
+    assert (loop.waits, loop.serialized) == (0, False)

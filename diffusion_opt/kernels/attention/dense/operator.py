@@ -67,9 +67,12 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
         out, lse = reference.attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)
         return torch.empty_like(q).copy_(out), lse.contiguous()
     _check_kernel_can(q)
-    from diffusion_opt.kernels.attention.dense.forward import forward  # Triton exists on Linux only
+    from diffusion_opt.kernels.attention.dense import forward, specialized  # Triton exists on Linux only
 
-    return forward(q, k, v, mask, scale)
+    choice = specialized.served(q, k, v, mask) if q.is_cuda else None  # interpreted warps are all of one kind
+    if choice is not None:
+        return specialized.forward(q, k, v, scale, choice)
+    return forward.forward(q, k, v, mask, scale)
 
 
 @attention_op.register_fake

@@ -13,10 +13,15 @@ that this language has no words for: consumer groups that take turns at the matr
 beside the products of the next.
 
 A descriptor wants rows that begin at multiples of 16 bytes and a last axis without gaps; `fits` says whether tensors
-have them. The plain kernel serves the rest. Nothing here is chosen on a device before `probe.py` has compared it there.
+have them. The plain kernel serves the rest.
+
+A compiler pass this young is not taken on trust: before a device's first call, `obstacle` compares this kernel with the
+plain one there, once for each type and padded head dimension. If they differ, or it does not compile or start, the
+plain kernel stays in use, and `obstacle` says why.
 """
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -24,11 +29,15 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusion_opt.kernels import runtime
+from diffusion_opt.kernels.attention.dense import forward as plain
 from diffusion_opt.kernels.attention.softmax_tiles import finish_softmax, softmax_turn, start_softmax
-from diffusion_opt.kernels.launch import LaunchConfig, padded_head_dim
+from diffusion_opt.kernels.launch import LAUNCH, LaunchConfig, chosen, padded_head_dim
 from diffusion_opt.kernels.tiles import head_of, program_of_head, store_rows
 
+ROW = "dense_forward_specialized"
+HALVES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 16  # bytes, of what a tensor descriptor points to and of its strides
+PROBED_QUERIES, PROBED_KEYS = 200, 330  # of the comparison: several tiles of each, none whole at the end
 
 
 @triton.jit
@@ -62,6 +71,36 @@ def specialized_kernel(
     store_rows(head_of(OUT, out_strides, b, h), start, rows, dims, out_strides, num_queries, out, HEAD_DIM)
 
 
+def served(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> LaunchConfig | None:
+    """The launch table's choice for these tensors on their GPU; None: the plain kernel serves them."""
+    arch = runtime.architecture(q.device)
+    possible = mask is None and q.dtype in HALVES and q.numel() > 0 and k.shape[2] > 0 and fits(q, k, v)
+    if not possible or arch not in LAUNCH[ROW] or padded_head_dim(q.shape[-1]) not in LAUNCH[ROW][arch]:
+        return None
+    if obstacle(q.device, q.dtype, padded_head_dim(q.shape[-1])) is not None:
+        return None
+    return chosen(ROW, q.shape[-1])[arch]
+
+
+@cache
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this kernel is not used on a device, None if it gives what the plain one gives there."""
+    generator = torch.Generator(device).manual_seed(0)
+    lengths = (PROBED_QUERIES, PROBED_KEYS, PROBED_KEYS)
+    q, k, v = (torch.randn(1, 2, n, head_dim, generator=generator, device=device).to(dtype) for n in lengths)
+    choice = chosen(ROW, head_dim)[runtime.architecture(device)]
+    try:
+        results = forward(q, k, v, head_dim**-0.5, choice)
+    except (RuntimeError, triton.TritonError) as error:
+        return f"it does not run here: {str(error).strip().splitlines()[0]}"
+    expected = plain.forward(q, k, v, None, head_dim**-0.5)
+    for what, got, wanted in zip(("output", "lse"), results, expected, strict=True):
+        error = (got.float() - wanted.float()).abs().max() / wanted.float().abs().max()
+        if not error <= 4 * torch.finfo(dtype).eps:
+            return f"its {what} differs from the plain kernel's by {error:.1e} of the largest number"
+    return None
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether tensor descriptors can be made of heads of these tensors."""
     return all(
@@ -83,6 +122,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, choice: LaunchConfig)
         *(q.stride(), k.stride(), v.stride(), out.stride()),
         HEAD_DIM=d,
         PADDED_DIM=padded_head_dim(d),
+        scratch=True,
         **choice.tuning(),
     )
     return out, lse

@@ -3,8 +3,9 @@
 What is computed, `oracle.py` says. The operands come as e2m1 codes already multiplied by their e4m3 block
 scales, in bfloat16, float16 or float32, which hold these products exactly, and one float32 scale for each tile of
 tokens. So the matrix units multiply the very numbers that FP4 units would, at the speed of bfloat16: this is the path
-to train and to measure FP4 attention anywhere, and a simulation: it is never faster than bfloat16. Instructions that
-multiply the codes themselves exist on sm_100 and sm_120; `blackwell.py` has the forward pass that uses them.
+to train and to measure FP4 attention anywhere, and a simulation: it is never faster than bfloat16. (Triton 3.7.1 does
+compile products of packed NVFP4 codes, `tl.dot_scaled`, for sm_100 and sm_120, without spills if the accumulator is not
+the constant zero. They are not used here: nobody has compared what they compute on such a GPU.)
 
 Per tile of 64 keys, with t_i the row's largest score in it:
 

@@ -8,8 +8,9 @@ gradient of q walks the same lists, that of k and v the transposed ones, each pr
 atomics, the same bits every time. Queries without any key give 0 and lse -inf. Blocks larger than the launch table's
 tile are cut (`BlockMask.refined`), so blocks of 6 x 8 x 8 tokens work as well as blocks of 64.
 
-SpargeAttn, SLA and FastVideo's VSA compile one kernel for each sequence length or block size, and have a backward pass
-only for the patterns they were made for; flex_attention needs torch.compile.
+SpargeAttn and SLA compile one kernel for each sequence length or block size; FastVideo's VSA walks lists too, forward
+and backward, for blocks of 64. FlashAttention's CuTe kernels take lists of full and of partial blocks of any size, with
+a gradient, on sm_90 and sm_100, and reach more there than Triton can; flex_attention needs torch.compile.
 
 On a CPU the operator is `oracle.py`, whose time falls with the density too.
 """

@@ -13,7 +13,8 @@ rounded numbers, so the backward pass, which has only these, sees the same.
 The backward pass recomputes the norm instead of storing it. Sums over tokens (gradients of gate, scale, shift) are made
 per run of tokens and added up afterwards: no atomics, the same bits every time.
 
-Liger's `fused_add_rms_norm` and diffusers' norms are the nearest relatives; neither has scale, shift and gate. Matches
+Liger-Kernel's `modulated_rms_norm` has scale and shift with their gradients, and its `fused_add_rms_norm` the residual;
+neither has the gate, and neither the layer norm. Matches
 `Flux2TransformerBlock` (layer norm without weights) and LTX-2 (RMS norm). On a CPU: `oracle.py`.
 """
 

@@ -6,6 +6,7 @@ import torch
 
 from diffusion_opt.kernels.attention.dense.backward import keys_kernel, queries_kernel
 from diffusion_opt.kernels.attention.dense.forward import forward_kernel
+from diffusion_opt.kernels.attention.dense.specialized import ROW, specialized_kernel
 from diffusion_opt.kernels.gate.case import FLOAT_UNITS, TRITON_TYPES, CompileCase, aligned, owning, sampled, typed
 from diffusion_opt.kernels.launch import chosen, padded_head_dim, row_of
 from diffusion_opt.kernels.tiles import precision
@@ -50,9 +51,31 @@ def dense_case(name: str, kernel: Any, dtype: torch.dtype, head_dim: int, kind: 
     )
 
 
+def specialized_case(head_dim: int) -> CompileCase:
+    """The forward kernel with warps of two kinds."""
+    fixed = {"HEAD_DIM": head_dim, "PADDED_DIM": head_dim}
+    types = {"LSE": "*fp32", "scale": "fp32"}
+    signature = typed(specialized_kernel, types, "*bf16", (*fixed, "BLOCK_M", "BLOCK_N"))
+    choices = chosen(ROW, head_dim)
+    return CompileCase(
+        name=f"dense forward specialized bf16 d{head_dim}",
+        kernel=specialized_kernel,
+        signature=signature,
+        constexprs=fixed,
+        divisible=aligned(signature, ("num_heads",)),
+        launch=choices,
+        opcodes=owning(choices, FLOAT_UNITS, keys=False),
+    )
+
+
 def compile_cases() -> tuple[CompileCase, ...]:
     """The forward kernel, and the two of the backward pass that multiply matrices."""
     forward = [dense_case("dense_forward", forward_kernel, *case, flops_per_dim=4) for case in CASES]
     kernels = (("dense_keys", keys_kernel, 8), ("dense_queries", queries_kernel, 6))
     cases = [case for case in CASES if case[0] != torch.float16 and case[2] != "bias per key"]  # forward shows these
-    return (*forward, *(dense_case(name, kernel, *case, flops) for name, kernel, flops in kernels for case in cases))
+    special = [specialized_case(head_dim) for head_dim in (64, 128)]
+    return (
+        *forward,
+        *special,
+        *(dense_case(name, kernel, *case, flops) for name, kernel, flops in kernels for case in cases),
+    )
