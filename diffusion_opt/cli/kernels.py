@@ -16,9 +16,10 @@ def report(
 ) -> None:
     """Compile every kernel for sm_80, 89, 90, 100 and 120 and compare with the committed table; no GPU needed.
 
-    Prints registers, spills, shared memory in KiB, programs that fit on an SM, matrix opcodes, matrix work relative to
-    what the operation needs, and the static roofline: the share of the peak reached if nothing overlapped. Exit code 1
-    if a kernel spills, misses an opcode or got worse than recorded.
+    Prints registers, spills, shared memory in KiB, programs that fit on an SM, matrix opcodes, waits for asynchronous
+    ones in the main loop (sm_90), matrix work relative to what the operation needs, and the static roofline: the share
+    of the peak reached if nothing overlapped. Exit code 1 if a kernel spills, misses an opcode, waits for each matrix
+    instruction, loses NaN, or got worse than recorded.
 
     Args:
         update: write what was compiled into the table.
@@ -108,6 +109,7 @@ def table(rows: dict) -> "Table":
         "per SM",
         "instr",
         "opcodes",
+        "waits",
         "work",
         "serial",
         "bound",
@@ -118,6 +120,7 @@ def table(rows: dict) -> "Table":
         shown.add_row(
             kernel, str(arch), tile, str(row["warps"]), str(row["registers"]), str(row["spills"]),
             f"{row['shared_bytes'] / 1024:.0f}", str(row["programs_per_sm"]), str(row["instructions"]), opcodes,
+            str(row.get("waits", "")),
             *("" if row.get(what) is None else f"{row[what]:.2f}" for what in ("matrix_work", "serial")),
             row.get("bound_by", ""),
         )  # fmt: skip

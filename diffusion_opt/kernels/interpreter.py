@@ -11,6 +11,7 @@ billion. A kernel that is right on a GPU would fail its test, and worse, one who
                  for e5m2) as `cvt.rn.satfinite` does, where torch's own cast gives NaN or infinity
     arithmetic   on these types in float32, rounded once at the end; so are reductions and scans
     dot          operands widened to float32, which is exact; sums in the accumulator's type
+    FP4          products of packed codes with block scales, which the interpreter does not have
     NaN          `maximum` and `minimum` return the other number, as `max.f32` does, unless NaN is asked for by name
     speed        reductions by the maximum that keeps NaN go through numpy and not element by element; Triton patches
                  its language anew at every call of `tl.sum` or `tl.max`, here once for each block; and
@@ -159,6 +160,26 @@ def by_numpy(function: Callable) -> Callable:
     return repaired
 
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
+
+
+def unpacked(codes: np.ndarray, scales: TensorHandle) -> np.ndarray:
+    """The numbers of packed FP4 codes (rows, half) and the scales of blocks of them, float32."""
+    pairs = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
+    by_code = np.repeat(widened(scales).data, pairs.shape[1] // scales.data.shape[1], axis=1)
+    return E2M1[pairs] * by_code
+
+
+def scaled_product(
+    self: InterpreterBuilder, left: TensorHandle, left_scales: TensorHandle, left_format: Any, right: TensorHandle,
+    right_scales: TensorHandle, right_format: Any, fast_math: bool, left_packed: bool, right_packed: bool,
+    total: TensorHandle,
+) -> TensorHandle:  # fmt: skip
+    """`tl.dot_scaled` of e2m1 codes packed along what is summed over, which Triton's interpreter lacks."""
+    numbers = unpacked(left.data, left_scales) @ unpacked(right.data.T, right_scales).T
+    return TensorHandle(total.data + numbers, tl.float32)
+
+
 def repaired_maximum(original: Callable) -> Callable:
     """The reduction by `rounding.at_least` is numpy's maximum, which keeps NaN; that by `tl.max` passes NaN over."""
 
@@ -222,6 +243,7 @@ def repaired() -> Iterator[None]:
     with ExitStack() as stack, np.errstate(all="ignore"):  # infinities and NaN are silent on a GPU too
         for owner, name, repair in REPAIRS:
             stack.enter_context(patch.object(owner, name, repair(getattr(owner, name))))
+        stack.enter_context(patch.object(InterpreterBuilder, "create_dot_scaled", scaled_product, create=True))
         stack.enter_context(language_patched_once())
         stack.enter_context(patch.object(JITFunction, "__call__", call_interpreted))
         options = replace(interpreter_builder.options, sanitize_overflow=False)

@@ -199,6 +199,11 @@ FP4_FORWARD = {
     100: heads(LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1)),
     120: heads(LaunchConfig(32, 64, 8, 1), LaunchConfig(32, 64, 8, 1), LaunchConfig(16, 64, 8, 1)),
 }
+# On FP4 matrix units (`attention/fp4/blackwell.py`): heads of 64 and 128, as their packed rows are.
+FP4_FORWARD_PACKED = {
+    100: {64: LaunchConfig(128, 64, 8, 2), 128: LaunchConfig(128, 64, 8, 2)},
+    120: {64: LaunchConfig(128, 64, 8, 2), 128: LaunchConfig(128, 64, 8, 2)},
+}
 FP4_QUERIES = {
     80: heads(LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 1), LaunchConfig(32, 64, 8, 1)),
     89: heads(LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 2), LaunchConfig(32, 64, 8, 1)),
@@ -255,6 +260,7 @@ LAUNCH: dict[str, dict[int, dict[int, LaunchConfig]]] = {
     "fp8_scores_fp8_values_masked": FP8_VALUES_MASKED,
     "fp4_forward": FP4_FORWARD,
     "fp4_forward_fp32": FP4_FORWARD_FP32,
+    "fp4_forward_packed": FP4_FORWARD_PACKED,
     "fp4_keys": FP4_KEYS,
     "fp4_keys_masked": FP4_KEYS_MASKED,
     "fp4_keys_fp32": FP4_KEYS_FP32,

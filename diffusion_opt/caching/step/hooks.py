@@ -25,7 +25,6 @@ from diffusers.hooks.hooks import CacheContext, StateManager, _set_cache_context
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
 NO_COPY = (
     "a transformer with a cache cannot be deep-copied: diffusers' hooks would run the blocks of the original; "
     "remove the cache, copy, and apply it to the copy"

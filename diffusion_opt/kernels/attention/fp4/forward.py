@@ -3,9 +3,8 @@
 What is computed, `oracle.py` says. The operands come as e2m1 codes already multiplied by their e4m3 block
 scales, in bfloat16, float16 or float32, which hold these products exactly, and one float32 scale for each tile of
 tokens. So the matrix units multiply the very numbers that FP4 units would, at the speed of bfloat16: this is the path
-to train and to measure FP4 attention anywhere, and a simulation: it is never faster than bfloat16. (Triton 3.7.1 does
-compile products of packed NVFP4 codes, `tl.dot_scaled`, for sm_100 and sm_120, without spills if the accumulator is not
-the constant zero. They are not used here: nobody has compared what they compute on such a GPU.)
+to train and to measure FP4 attention anywhere, and a simulation: it is never faster than bfloat16. On sm_100 and sm_120
+there are instructions for the codes themselves, and `blackwell.py` has the forward pass that uses them.
 
 Per tile of 64 keys, with t_i the row's largest score in it:
 

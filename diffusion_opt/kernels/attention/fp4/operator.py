@@ -8,8 +8,9 @@ them, which is what makes FP4 usable where INT8 needs no training; it works with
 the backward pass are q, k, v, the LSE and O_hp in float32; the operands are quantized again, to the same bits.
 
 The result has the same bits of q, k, v and weights on every machine, FP4 hardware or not: CPU users get them from
-PyTorch, GPU users from the Triton kernels. Time is that of attention in bfloat16 and more: this is for training and
-measuring.
+PyTorch, GPU users from the Triton kernels. Where a GPU has FP4 matrix units and `blackwell.obstacle` finds nothing
+wrong with them, they compute calls without mask and gradient; elsewhere FP4 is simulated, at the time of attention in
+bfloat16 and more: for training and measuring.
 """
 
 import torch
@@ -21,6 +22,7 @@ from diffusion_opt.kernels.attention.arguments import Mask, checked_scale, expan
 from diffusion_opt.kernels.attention.eight_bit.int8 import smoothing_share
 from diffusion_opt.kernels.attention.fp4 import oracle as reference
 from diffusion_opt.kernels.attention.fp4.oracle import Fp4Operands, Smoothing
+from diffusion_opt.kernels.attention.fp4.packed import pack
 from diffusion_opt.kernels.quantizers.operator import quantize_nvfp4
 from diffusion_opt.kernels.quantizers.oracle import KEY_BLOCK, QUERY_BLOCK, block_means, smoothing_mean
 
@@ -78,13 +80,19 @@ def fp4_op(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, smoothing: str, trains: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, LSE of the quantized scores, and O_hp (float32; empty unless `trains`); `mask` is expanded."""
-    x = prepare(q, k, v, smoothing)
     out = torch.empty_like(q)
     out_hp = q.new_empty(q.shape if trains else (0,), dtype=torch.float32)
+    if q.is_cuda:
+        from diffusion_opt.kernels.attention.fp4 import blackwell  # Triton exists on Linux only
+
+        choice = blackwell.served(q, k, mask, trains)
+        if choice is not None:
+            return out, blackwell.forward(pack(q, k, v, smoothing), scale, out, k.shape[2], choice), out_hp
+    x = prepare(q, k, v, smoothing)
     if runtime.mode(q) == "reference":
         result, lse, exact = reference.attention_fp4(x, mask, scale)
         return out.copy_(result), lse, exact if trains else out_hp
-    from diffusion_opt.kernels.attention.fp4.forward import forward  # Triton exists on Linux only
+    from diffusion_opt.kernels.attention.fp4.forward import forward
 
     return out, forward(x, mask, scale, out, out_hp if trains else None), out_hp
 

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 
 from diffusion_opt.kernels.attention.fp4.backward import keys_kernel, queries_kernel
+from diffusion_opt.kernels.attention.fp4.blackwell import ROW, packed_kernel
 from diffusion_opt.kernels.attention.fp4.forward import fp4_forward_kernel, shape_constants
 from diffusion_opt.kernels.gate.case import FLOAT_UNITS, NAN_STAYS, TRITON_TYPES, CompileCase, aligned, sampled, typed
-from diffusion_opt.kernels.launch import chosen, row_of
+from diffusion_opt.kernels.launch import LAUNCH, chosen, row_of
 
 CASES = (  # (type, head dimension, mask)
     (torch.bfloat16, 64, "none"),
@@ -45,8 +46,28 @@ def fp4_case(
     )
 
 
+def packed_case(head_dim: int) -> CompileCase:
+    """The forward kernel on FP4 matrix units, smoothed q."""
+    types = dict.fromkeys(("Q", "K", "V"), "*u8") | dict.fromkeys(("Q_SCALES", "K_SCALES", "V_SCALES"), "*fp8e4nv")
+    types |= dict.fromkeys(("Q_UNITS", "K_UNITS", "V_UNITS", "GIVEN_BACK", "LSE"), "*fp32") | {"scale": "fp32"}
+    given = {"HEAD_DIM": head_dim, "SMOOTH_Q": True}
+    signature = typed(packed_kernel, types, "*bf16", (*given, "BLOCK_M"))
+    return CompileCase(
+        name=f"fp4 forward packed d{head_dim}",
+        kernel=packed_kernel,
+        signature=signature,
+        constexprs=given,
+        divisible=aligned(signature, ("num_heads",)),
+        launch={arch: choices[head_dim] for arch, choices in LAUNCH[ROW].items()},
+        opcodes={100: ("UTCOMMA",), 120: ("OMMA",)},
+        tiles=("BLOCK_M",),
+        ptx=NAN_STAYS,
+    )
+
+
 def compile_cases() -> tuple[CompileCase, ...]:
     """The three kernels; the forward one as used in training."""
     forward = [fp4_case("fp4_forward", fp4_forward_kernel, 6, *case, FOR_TRAINING=True) for case in CASES]
     kernels = (("fp4_keys", keys_kernel, 8), ("fp4_queries", queries_kernel, 6))
-    return (*forward, *(fp4_case(*kernel, *case) for kernel in kernels for case in CASES))
+    packed = [packed_case(head_dim) for head_dim in (64, 128)]
+    return (*forward, *packed, *(fp4_case(*kernel, *case) for kernel in kernels for case in CASES))
