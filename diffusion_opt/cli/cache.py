@@ -103,7 +103,7 @@ def search(
     unseen = generation_tasks(run, held_out, first=HELD_OUT) if held_out else ()
     costs = None
     if others or not all(path.is_file() for path in paths.values()):
-        costs = measure_costs(pipe, [task], settings, progress=True)
+        costs = measure_costs(pipe, generation_tasks(run), settings, progress=True)
     masks = []
     for budget, path in paths.items():
         starts = (CacheSchedule.load(path).mask,) if path.is_file() else starting_masks(costs, budget)

@@ -10,6 +10,7 @@ them refuses the pipeline, those already applied are taken back and the pipeline
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -101,7 +102,28 @@ TECHNIQUES: dict[str, tuple[type, Kind]] = {
     "guidance_cache": (GuidanceCache, SPARED),
     "compile": (Compile, COMPILED),
 }
+_REGIONAL = {kind for name, (kind, _) in TECHNIQUES.items() if name.endswith("region_cache")}
 _NAMES = {technique: name for name, (technique, _) in TECHNIQUES.items()}
+
+
+def _check_pairs(techniques: Sequence[Technique]) -> None:
+    """Raise ValueError for two techniques that lie in the right order and do not go together."""
+    kinds = {type(technique): technique for technique in techniques}
+    regional = next((kind for kind in kinds if kind in _REGIONAL), None)
+    for other in (GuidanceCache, Compile):
+        if regional is not None and other in kinds:
+            raise ValueError(
+                f"{regional.__name__} computes some of the tokens of a pass, and {other.__name__} takes whole passes: "
+                "leave one out"
+            )
+    if CompiledSchedule in kinds and Compile in kinds:
+        raise ValueError("CompiledSchedule compiles both kinds of its passes: leave Compile out")
+    for stored in (DynamicInt8, PTQ):
+        if CompiledSchedule in kinds and stored in kinds:
+            raise ValueError(
+                f"CompiledSchedule captures passes whole, and the layers of {stored.__name__} cannot be captured: use "
+                "FixedSchedule with the same mask"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +137,7 @@ class Recipe:
         for technique in self.techniques:
             if type(technique) not in _NAMES:
                 raise ValueError(f"unknown technique {technique!r}; there are {', '.join(TECHNIQUES)}")
+        _check_pairs(self.techniques)
         kinds = [TECHNIQUES[_NAMES[type(t)]][1] for t in self.techniques]
         for first, second in pairwise(kinds):
             if first == second:

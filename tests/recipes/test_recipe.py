@@ -160,6 +160,33 @@ def test_a_step_cache_and_a_guidance_cache_go_together(pipe: TinyFlux2Pipeline, 
 
 
 @pytest.mark.parametrize(
+    ("techniques", "message"),
+    [
+        (
+            (ChunkRegionCache(0.1), GuidanceCache(2)),
+            "some of the tokens of a pass, and GuidanceCache takes whole",
+        ),
+        ((StreamingRegionCache(), Compile()), "and Compile takes whole passes"),
+        ((CompiledSchedule((True, False)), Compile()), "leave Compile out"),
+        ((DynamicInt8(), CompiledSchedule((True, False))), "layers of DynamicInt8 cannot be captured"),
+        ((PTQ("int8"), CompiledSchedule((True, False))), "layers of PTQ cannot be captured: use FixedSchedule"),
+    ],
+)
+def test_what_lies_in_order_and_does_not_go_together_is_refused_beforehand(techniques: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(techniques)
+
+
+@pytest.mark.parametrize("technique", [DynamicInt8(min_width=0), PTQ("int8", samples=1)])
+def test_a_compiled_schedule_alone_refuses_layers_that_cannot_be_captured(pipe, technique) -> None:
+    technique.apply(pipe)
+    with pytest.raises(ValueError, match="which cannot be captured: use FixedSchedule with the same mask"):
+        CompiledSchedule((True, False, True)).apply(pipe)
+    technique.remove(pipe)
+    CompiledSchedule((True, False, True)).apply(pipe)
+
+
+@pytest.mark.parametrize(
     ("entry", "message"),
     [
         ({"technique": "magic"}, "unknown technique 'magic'"),

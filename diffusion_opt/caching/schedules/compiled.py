@@ -136,6 +136,7 @@ class _ScheduleHook(InstanceHook):
                     "use it with the number of steps it was made for"
                 )
             if NetworkState(module) != self.network:
+                check_can_capture(module)
                 self._make(module)
             run = self._thread.run = _Run(Generation.beginning(moment))
         elif run.at.is_other_kind(moment):
@@ -173,10 +174,12 @@ class CompiledSchedule:
     def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
         """Put the schedule on the pipeline's transformer and return the pipeline; the first passes compile.
 
-        Raises ValueError if the transformer cannot be cut, has a cache or another hook, or another one beside it.
+        Raises ValueError if the transformer cannot be cut or captured, has a cache or another hook, or another one
+        beside it.
         """
         check_one_transformer(pipe)
         check_can_cut(pipe.transformer)
+        check_can_capture(pipe.transformer)
         others = list(getattr(getattr(pipe.transformer, "_diffusers_hook", None), "hooks", ()))
         if others:
             raise ValueError(
@@ -194,6 +197,22 @@ class CompiledSchedule:
 
     def describe(self) -> str:
         return f"compiled schedule {sum(self.mask)}/{len(self.mask)} with {self.predictor}"
+
+
+def check_can_capture(transformer: nn.Module) -> None:
+    """Raise ValueError, naming the layer, if a layer cannot be part of one whole graph.
+
+    Layers say so by a method under `torch.compiler.disable`, as those that call into libraries of their own do;
+    modelopt's quantizers branch on the numbers that they see.
+    """
+    for name, module in transformer.named_modules():
+        kind = type(module)
+        disabled = any(getattr(method, "_torchdynamo_disable", False) for method in vars(kind).values())
+        if disabled or kind.__module__.startswith("modelopt."):
+            raise ValueError(
+                f"a compiled schedule captures each pass whole, and {name} is a {kind.__name__}, which cannot be "
+                "captured: use FixedSchedule with the same mask, or weights in another format"
+            )
 
 
 def compiled_schedule_report(pipe: DiffusionPipeline) -> StepCacheReport:

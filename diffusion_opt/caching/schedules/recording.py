@@ -33,7 +33,7 @@ from diffusion_opt.subjects import Run
 
 @dataclass(frozen=True, slots=True)
 class GenerationTask:
-    """One batch to generate, the same each time: some samples of a run."""
+    """Some samples of a run, the same each time, in batches of its size; what is recorded must be one batch."""
 
     wanted: Run
     samples: tuple[int, ...]
@@ -41,7 +41,9 @@ class GenerationTask:
     @torch.no_grad()
     def run(self, pipe: DiffusionPipeline) -> Float[Tensor, "b *s"]:
         """The latents that the pipeline makes of it; of a pipeline with sound, the video's."""
-        return self.wanted.generate(pipe, self.samples)
+        size = self.wanted.batch_size
+        batches = [self.samples[start : start + size] for start in range(0, len(self.samples), size)]
+        return torch.cat([self.wanted.generate(pipe, batch) for batch in batches])
 
 
 def generation_tasks(run: Run, num_samples: int | None = None, first: int = 0) -> tuple[GenerationTask, ...]:

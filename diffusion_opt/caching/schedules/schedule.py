@@ -135,7 +135,7 @@ def search_schedules(
     settings = settings or SearchSettings()
     task = GenerationTask(run, tuple(range(len(run.prompts))))
     held_out = generation_tasks(run, num_held_out, first=HELD_OUT) if num_held_out else ()
-    costs = measure_costs(pipe, [task], settings, progress)
+    costs = measure_costs(pipe, generation_tasks(run), settings, progress)
     starts = {budget: starting_masks(costs, budget) for budget in budgets}  # raises before the long part
     return {
         budget: search_schedule(pipe, task, masks, settings, held_out, progress) for budget, masks in starts.items()

@@ -39,7 +39,7 @@ def family_task(family: str) -> tuple[DiffusionPipeline, GenerationTask]:
         family_sample(pipe, steps=3, guidance=2.0, batch=2, seed=5)
     taken = {"generator", "output_type", "return_dict"}
     arguments = {name: value for name, value in calls[0].items() if name not in taken}
-    return pipe, GenerationTask(Embedded(("a",), arguments={"given": arguments}), (0, 1))
+    return pipe, GenerationTask(Embedded(("a",), batch_size=2, arguments={"given": arguments}), (0, 1))
 
 
 def test_tasks_are_batches_with_noise_of_their_own(pipe):
