@@ -182,6 +182,22 @@ def test_layerwise_casting_before_and_after(kind):
     latents(pipe, "flux")  # still a working pipeline
 
 
+def test_offloading_is_refused_before_a_simulation_and_may_come_after_it():
+    technique, cpu = PTQ("int8", run=tiny_run("flux", 1, batch_size=1), samples=1), torch.device("cpu")
+    offload = {"onload_device": cpu, "offload_device": cpu, "offload_type": "leaf_level"}
+    pipe = tiny_pipeline("flux")
+    exact = latents(pipe, "flux")
+    technique.apply(pipe)
+    quantized = latents(pipe, "flux")
+    pipe.transformer.enable_group_offload(**offload)
+    assert torch.equal(latents(pipe, "flux"), quantized)
+    technique.remove(pipe)
+    assert torch.equal(latents(pipe, "flux"), exact)
+    with pytest.raises(ValueError, match="group offloading, which holds its layers: quantize the pipeline first"):
+        technique.apply(pipe)
+    assert torch.equal(latents(pipe, "flux"), exact)
+
+
 def test_bfloat16_gives_back_the_bits_whatever_lora_came_or_went():
     technique, pipe = Bfloat16(require_fast=False), tiny_pipeline("flux")
     exact = latents(pipe, "flux")

@@ -46,8 +46,6 @@ def added(root: nn.Module, before: Mapping[nn.Module, frozenset[str]]) -> Added:
 def prune(root: nn.Module, before: Mapping[nn.Module, frozenset[str]], keep: set[nn.Module]) -> None:
     """Give every converted module but the kept ones its class back; the root keeps modelopt's record."""
     undo(tuple((module, names) for module, names in added(root, before) if module is not root and module not in keep))
-    for module in keep:
-        follow_class(module)
 
 
 def undo(

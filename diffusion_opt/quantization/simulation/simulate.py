@@ -37,9 +37,9 @@ from diffusion_opt.quantization.guards import (
     FLOAT_SAVE,
     SIMULATED,
     close_doors,
-    follow_class,
     open_doors,
     refuse_adapters,
+    refuse_offloading,
 )
 from diffusion_opt.quantization.simulation import cpu_backend
 from diffusion_opt.quantization.simulation.conversion import Added, added, attributes, exact_range, prune, undo
@@ -102,6 +102,7 @@ def simulate_networks(
     for name, network in networks.items():
         refuse_adapters(network, "quantize")
         check_layers(network, layers[name])
+        refuse_offloading(network, "quantize the pipeline first and turn it on afterwards")  # modelopt bypasses hooks
     alone = len(networks) == 1
     root = next(iter(networks.values())) if alone else nn.ModuleDict(dict(networks))
     named = {n if alone else f"{key}.{n}": format for key, own in layers.items() for n, format in own.items()}
@@ -192,7 +193,6 @@ def _quantize(
             )
         if format.rank:
             _store_branch_in_half(root.get_submodule(name))
-        follow_class(root.get_submodule(name))
     for quantizer in _quantizers(root, layers, list(layers)):
         exact_range(quantizer)
 
