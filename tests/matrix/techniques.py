@@ -198,7 +198,7 @@ FAST: dict[str, Cell] = {
     "GuidanceCache, every 2": Cell(always(GuidanceCache(2, "reuse")), guidance_spared),
     "GuidanceCache, interval": Cell(always(GuidanceCache(1, interval=(0.0, 0.8))), guidance_spared),
     "StreamingRegionCache": Cell(
-        always(StreamingRegionCache(threshold=0.01)), tokens_spared, video, False, forget_regions
+        always(StreamingRegionCache(threshold=0.01, probe=0.0)), tokens_spared, video, False, forget_regions
     ),
     "EditRegionCache": Cell(always(EditRegionCache()), tokens_spared, edited),
     "ReferenceRegionCache": Cell(always(ReferenceRegionCache()), tokens_spared),
