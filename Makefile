@@ -13,7 +13,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .NOTPARALLEL:
-.PHONY: help install demo lab test lint layers unit slow compiled interpreted lessons notebooks lock format clean
+.PHONY: help install demo lab test lint layers unit slow compiled interpreted lessons notebooks matrix lock format clean
 .DEFAULT_GOAL := help
 
 help:             ## this list
@@ -67,6 +67,9 @@ notebooks: install ## run each notebook in full and store its cleaned outputs
 format: install   ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+matrix: install   ## try every technique on every tiny pipeline, and write the table into README (ARGS: pipelines)
+	@$(OFFLINE) PYTHONPATH=tests $(BIN)/python -m matrix $(ARGS)
 
 lock: install     ## rewrite constraints.txt from .venv
 	@$(BIN)/python tools/lock.py

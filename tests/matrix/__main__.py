@@ -14,7 +14,7 @@ import torch
 import transformers
 from matrix.bench import Bench, verdict
 from matrix.table import put_into_readme, read_table, write_table
-from matrix.techniques import COLUMNS
+from matrix.techniques import columns_of
 from tiny_pipelines import TINY
 
 
@@ -30,13 +30,13 @@ def main(names: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             bench = Bench(name, Path(folder))
-            table[name] = {column: verdict(cell, bench) for column, cell in COLUMNS.items()}
+            table[name] = {column: verdict(cell, bench) for column, cell in columns_of(name).items()}
         for column, found in table[name].items():
             if found.status == "fault":
                 print(f"{name}, {column}: {found.reason}", flush=True)
         print(name, " ".join(found.status[0] for found in table[name].values()), flush=True)
         torch.compiler.reset()
-    write_table({name: table[name] for name in TINY if name in table})
+        write_table({name: table[name] for name in TINY if name in table})
     put_into_readme(read_table())
 
 

@@ -4,13 +4,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import wrap
 
 from matrix.bench import Verdict
 
 STORED = Path(__file__).parent / "table.json"
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
-SIGNS = {"works": "yes", "refused": "no", "idle": "–", "fault": "**fault**"}
+SIGNS = {"works": "✓", "refused": "–", "idle": "○", "fault": "**fault**"}
+LEGEND = (
+    "✓ works: it does something, makes the same twice, and its removal is bit-identical. – is refused with a reason, "
+    "before anything is touched. ○ has nothing to do there, and says so. Tried on tiny full pipelines of random "
+    "weights (`tests/matrix`); `make matrix` tries them again, and `tests/matrix/table.json` holds every reason."
+)
 Table = dict[str, dict[str, Verdict]]  # by pipeline, then by technique
 
 
@@ -31,19 +37,27 @@ def write_table(table: Mapping[str, Mapping[str, Verdict]]) -> None:
 
 
 def as_markdown(table: Mapping[str, Mapping[str, Verdict]]) -> str:
-    """A row for each technique, a column for each pipeline, and the reasons of refusals below."""
-    names = list(table)
+    """A row for each pipeline, a numbered column for each technique, and what the numbers and signs mean."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    lines = [f"| technique | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for column in columns:
-        cells = (SIGNS[table[name][column].status] if column in table[name] else "" for name in names)
-        lines.append(f"| {column} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    numbered = ", ".join(f"{number} {column}" for number, column in enumerate(columns, 1))
+    lines = [f"| pipeline | {' | '.join(map(str, range(1, len(columns) + 1)))} |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for name, row in table.items():
+        signs = (SIGNS[row[column].status] if column in row else " " for column in columns)
+        lines.append(f"| {name} | {' | '.join(signs)} |")
+    return "\n".join([*wrap(f"{numbered}.", 120), "", *lines, "", *wrap(LEGEND, 120)])
+
+
+def between_markers() -> tuple[str, str, str]:
+    """README before the table, the table, and what follows. Raises ValueError if the markers are gone."""
+    before, begin, rest = README.read_text().partition(BEGIN)
+    inside, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md must hold {BEGIN} and {END}, between which the matrix stands")
+    return before, inside.strip(), after
 
 
 def put_into_readme(table: Mapping[str, Mapping[str, Verdict]]) -> None:
     """Replace what stands between the markers."""
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, _, after = between_markers()
     README.write_text(f"{before}{BEGIN}\n\n{as_markdown(table)}\n\n{END}{after}")
