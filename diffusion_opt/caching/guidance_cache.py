@@ -228,7 +228,7 @@ class _GuidanceHook(InstanceHook):
         if (every == 1 and interval == ALL_TIMES) or self.last_report.total_skipped:
             return
         if len(state.at.passes) == 1:
-            why = "each step was a single pass of one prompt each (guidance is off or distilled)"
+            why = "each step was a single pass (guidance is off, distilled, or batched, and the pipeline does not say so)"
         elif state.whole:
             why = "a step cache is on the transformer, and it keeps whole batches"
         elif every == 1:
@@ -288,7 +288,10 @@ def _tensors(output: Any) -> tuple[Tensor, ...]:
 def _is_doubled(moment: Moment, sample: Tensor) -> bool:
     """Whether a pass holds a batch twice, without and with the prompt, as far as its pipeline says so."""
     pipe = None if moment.running is None else moment.running.pipe
-    if moment.context in ("cond", "uncond") or not getattr(pipe, "do_classifier_free_guidance", False):
+    guided = getattr(pipe, "do_classifier_free_guidance", False)
+    if moment.context == "cond_uncond":  # CogVideoX says it by the name of the pass and by its scale
+        guided = guided or float(getattr(pipe, "guidance_scale", None) or 1.0) > 1
+    if moment.context in ("cond", "uncond") or not guided:
         return False
     return len(sample) % 2 == 0 and bool(torch.equal(*sample.chunk(2)))
 

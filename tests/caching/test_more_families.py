@@ -12,7 +12,18 @@ from diffusers import DiffusionPipeline
 from tiny_pipelines import tiny_pipeline, tiny_run
 from torch import Tensor
 
-from diffusion_opt.caching import FixedSchedule, TeaCache, step_cache_report
+from diffusion_opt.caching import (
+    EasyCache,
+    FirstBlockCache,
+    FixedSchedule,
+    GuidanceCache,
+    MagCache,
+    StepTable,
+    TeaCache,
+    calibrate_step_cache,
+    guidance_cache_report,
+    step_cache_report,
+)
 from diffusion_opt.models.block_stack import block_stack
 from diffusion_opt.subjects import Run
 
@@ -145,3 +156,55 @@ class interrupted:
         self.passes += 1
         if self.passes >= self.after:
             raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rule_skips_and_repeats_itself(name, tmp_path):
+    pipe, run = opened(name)
+    dense = sample(pipe, run)
+    found = calibrate_step_cache(pipe, run)
+    path = tmp_path / "calibration.json"
+    found.save(path)
+    threshold = 0.9 * sum(found.step_table)
+    for technique in (
+        TeaCache(threshold, curve=str(path)),
+        MagCache(9.0, str(path)),
+        StepTable(threshold, str(path)),
+        FirstBlockCache(50.0),
+        EasyCache(50.0),
+    ):
+        technique.apply(pipe)
+        cached = sample(pipe, run)
+        assert step_cache_report(pipe).total_skipped > 0, technique
+        assert torch.equal(sample(pipe, run), cached), technique
+        assert cached.isfinite().all()
+        technique.remove(pipe)
+    assert torch.equal(sample(pipe, run), dense)
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "hunyuan-video-1.5", "cogvideox", "sana"])
+def test_guidance_can_be_forecast_in_two_passes_and_in_one_doubled_batch(name):
+    pipe, run = opened(name)
+    dense = sample(pipe, run)
+    for technique, spares in ((GuidanceCache(1), False), (GuidanceCache(2), True)):
+        technique.apply(pipe)
+        cached = sample(pipe, run)
+        skipped = guidance_cache_report(pipe).skipped
+        technique.remove(pipe)
+        assert skipped[NAMES[name][0]] == 0
+        assert (sum(skipped.values()) > 0) == spares
+        assert torch.equal(cached, dense) != spares
+        assert error(cached, dense) < 0.1
+    assert torch.equal(sample(pipe, run), dense)
+
+
+def test_guidance_that_cannot_be_told_is_left_alone_and_named():
+    pipe, run = opened("pixart")
+    dense = sample(pipe, run)
+    GuidanceCache(2).apply(pipe)
+    assert torch.equal(sample(pipe, run), dense)
+    with pytest.warns(UserWarning, match="or batched, and the pipeline does not say so"):
+        sample(pipe, run)  # this pipeline tells nobody that a generation has ended
+    with pytest.raises(ValueError, match="returns its samples in a list"):
+        GuidanceCache(2).apply(tiny_pipeline("z-image"))
