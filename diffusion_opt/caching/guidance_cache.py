@@ -228,7 +228,7 @@ class _GuidanceHook(InstanceHook):
         if (every == 1 and interval == ALL_TIMES) or self.last_report.total_skipped:
             return
         if len(state.at.passes) == 1:
-            why = "each step was a single pass (guidance is off, distilled, or batched, and the pipeline does not say so)"
+            why = "each step was a single pass (guidance is off, distilled, or batched and the pipeline does not tell)"
         elif state.whole:
             why = "a step cache is on the transformer, and it keeps whole batches"
         elif every == 1:

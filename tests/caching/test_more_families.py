@@ -204,7 +204,7 @@ def test_guidance_that_cannot_be_told_is_left_alone_and_named():
     dense = sample(pipe, run)
     GuidanceCache(2).apply(pipe)
     assert torch.equal(sample(pipe, run), dense)
-    with pytest.warns(UserWarning, match="or batched, and the pipeline does not say so"):
+    with pytest.warns(UserWarning, match="or batched and the pipeline does not tell"):
         sample(pipe, run)  # this pipeline tells nobody that a generation has ended
     with pytest.raises(ValueError, match="returns its samples in a list"):
         GuidanceCache(2).apply(tiny_pipeline("z-image"))

@@ -24,6 +24,7 @@ from diffusion_opt.caching.step.hooks import arguments_of
 from diffusion_opt.caching.step.network import NetworkState
 from diffusion_opt.caching.step.running import Running, Whereabouts
 from diffusion_opt.caching.step.stack import StackPass
+from diffusion_opt.caching.step.technique import check_one_transformer
 from diffusion_opt.models.block_stack import block_stack
 from diffusion_opt.models.fingerprint import identity
 
@@ -145,6 +146,7 @@ class Belonging:
 
     def __init__(self, run: CalibratedRun, pipe: DiffusionPipeline, near: float = 0.0) -> None:
         check_near(near)
+        check_one_transformer(pipe, "calibrations and searched schedules")
         run.check_model(pipe)
         self.run, self.near = run, near
         self._network = NetworkState(pipe.transformer)

@@ -22,6 +22,7 @@ from diffusion_opt.caching.step.generation import DEFAULT_CONTEXT
 from diffusion_opt.caching.step.stack import Shape, StackCut, StackPass, attached_cut
 from diffusion_opt.evaluation.cost import count
 from diffusion_opt.models.block_stack import Streams, block_stack
+from diffusion_opt.subjects import denoisers
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +91,24 @@ def step_cache_report(pipe: DiffusionPipeline, count_macs: bool = False) -> Step
     `count_macs` runs the transformer twice more for each context, on zeros of the shapes it had, to count what a
     computed and a skipped pass cost. Raises ValueError if there is no step cache, or nothing to count yet.
     """
-    cut = attached_cut(pipe.transformer)
-    if cut is None or not hasattr(cut.controller, "report"):
+    networks = denoisers(pipe).values()
+    cuts = [attached_cut(network) for network in networks]
+    if not all(hasattr(getattr(cut, "controller", None), "report") for cut in cuts):
         raise ValueError(
             "there is no step cache on this pipeline: apply one first, for example TeaCache(threshold=0.1)"
         )
-    report: StepCacheReport = cut.controller.report()
+    passes: dict[str, list[tuple[float, bool]]] = {}
+    macs: dict[str, tuple[int, int]] = {}
+    for network, cut in zip(networks, cuts, strict=True):  # of two networks one makes the earlier steps, one the later
+        for name, ran in cut.controller.report().passes.items():
+            passes.setdefault(name, []).extend(ran)
+            if count_macs:
+                macs[name] = _count(network, cut, name)
     if not count_macs:
-        return report
-    if not report.passes:
+        return StepCacheReport.of(passes)
+    if not passes:
         raise ValueError("no pass has run yet, so there is nothing to count: generate once")
-    return replace(report, macs={name: _count(pipe.transformer, cut, name) for name in report.passes})
+    return replace(StepCacheReport.of(passes), macs=macs)
 
 
 class _Scripted:

@@ -8,10 +8,12 @@ from abc import ABC, abstractmethod
 from typing import get_args
 
 from diffusers import DiffusionPipeline, Flux2KleinKVPipeline
+from torch import nn
 
 from diffusion_opt.caching.step.predictors import PREDICTORS, PredictorName
 from diffusion_opt.caching.step.stack import StackCut, attached_cut, check_can_cut
 from diffusion_opt.caching.step.step_cache import Rule, StepCache
+from diffusion_opt.subjects import denoisers
 
 
 class StepCacheTechnique(ABC):
@@ -30,29 +32,34 @@ class StepCacheTechnique(ABC):
         """One line for tables."""
 
     def apply(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
-        """Put the cache on the pipeline's transformer and return the pipeline.
+        """Put a cache on each denoising transformer of the pipeline and return the pipeline.
 
-        Raises ValueError if there is not exactly one transformer, or if it cannot be cut, has a cache already, or is
-        not the calibrated one, and FileNotFoundError for a calibration that does not exist.
+        Wan 2.2 has two, each for a part of the steps. They share nothing: what one computed cannot stand in for the
+        other, so each begins with computed steps. Raises ValueError if a transformer cannot be cut, has a cache
+        already, or is not the calibrated one, and FileNotFoundError for a calibration that does not exist.
         """
-        check_one_transformer(pipe)
-        check_can_cut(pipe.transformer)
-        cache = StepCache(self.rule(pipe), PREDICTORS[self.predictor])
-        StackCut(pipe.transformer, cache, pipe).attach(pipe.transformer)
+        networks = whole_passes(pipe, "step caches")
+        for network in networks:
+            check_can_cut(network)
+        cuts = [StackCut(network, StepCache(self.rule(pipe), PREDICTORS[self.predictor]), pipe) for network in networks]
+        for network, cut in zip(networks, cuts, strict=True):
+            cut.attach(network)
         return pipe
 
     def remove(self, pipe: DiffusionPipeline) -> None:
         """Take the cache off again. Raises ValueError if there is none."""
-        cut = attached_cut(pipe.transformer)
-        if cut is None:
+        networks = list(denoisers(pipe).values())
+        cuts = [attached_cut(network) for network in networks]
+        if None in cuts:
             raise ValueError("there is no step cache on this pipeline to remove")
-        cut.detach(pipe.transformer)
+        for network, cut in zip(networks, cuts, strict=True):
+            cut.detach(network)
 
 
-def check_one_transformer(pipe: DiffusionPipeline, caches: str = "step caches") -> None:
-    """Raise ValueError unless one transformer makes all steps, and makes them whole.
+def whole_passes(pipe: DiffusionPipeline, caches: str) -> list[nn.Module]:
+    """The denoising transformers, whose passes are all of one kind.
 
-    Wan 2.2 hands over to a second one midway. `Flux2KleinKVPipeline` has a cache of its own in its weights.
+    Raises ValueError if there is none, and for `Flux2KleinKVPipeline`, which has a cache of its own in its weights.
     """
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"{caches} act on a pipeline's transformer, and {type(pipe).__name__} has none")
@@ -61,7 +68,12 @@ def check_one_transformer(pipe: DiffusionPipeline, caches: str = "step caches") 
             f"{type(pipe).__name__} keeps keys and values of its references from the first step on, by weights that "
             f"were trained for it, and {caches} do not go with that: use Flux2KleinPipeline"
         )
-    if getattr(pipe, "transformer_2", None) is not None:
+    return list(denoisers(pipe).values())
+
+
+def check_one_transformer(pipe: DiffusionPipeline, caches: str = "step caches") -> None:
+    """Raise ValueError unless one transformer makes all steps, and makes them whole."""
+    if len(whole_passes(pipe, caches)) > 1:
         raise ValueError(
             f"this {type(pipe).__name__} has two transformers, each for a part of the steps, and what one computed "
             f"cannot stand in for the other: {caches} serve pipelines with one"
