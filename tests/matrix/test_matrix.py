@@ -1,7 +1,7 @@
 """Technique x pipeline: each cell does what the committed table says.
 
-The fast cells of `techniques.QUICK` are tried at each run. The others are slow tests, and those that trace graphs run in
-the call without shape checks. After a change that alters a cell, `make matrix` writes the table anew.
+The fast cells of `techniques.QUICK` are tried at each run. The others are slow tests, and those that trace graphs run
+in the call without shape checks. After a change that alters a cell, `make matrix` writes the table anew.
 """
 
 import warnings

@@ -1,15 +1,11 @@
 """Pipelines that make clips: Wan, LTX-Video, LTX-2, HunyuanVideo and CogVideoX."""
 
-from types import SimpleNamespace
-
 import diffusers
 import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
-from diffusers.pipelines.wan import pipeline_wan_i2v, pipeline_wan_vace
-from diffusers.utils import is_ftfy_available
 from torch import nn
 
 from tiny_pipelines import autoencoders, networks, texts
@@ -40,15 +36,7 @@ def wan22_5b() -> DiffusionPipeline:
     return diffusers.WanPipeline(**parts, boundary_ratio=None, expand_timesteps=True)
 
 
-def _prompts_need_no_ftfy(*modules: object) -> None:
-    """These two modules call ftfy, which repairs broken Unicode, even where it is not installed (diffusers 0.42)."""
-    for module in modules:
-        if not is_ftfy_available():
-            module.ftfy = SimpleNamespace(fix_text=lambda text: text)
-
-
 def wan_i2v() -> DiffusionPipeline:
-    _prompts_need_no_ftfy(pipeline_wan_i2v)
     return diffusers.WanImageToVideoPipeline(
         **_wan_parts(networks.wan(36, 16, image_dim=4)), image_encoder=texts.clip_vision_encoder(),
         image_processor=transformers.CLIPImageProcessor(crop_size=32, size=32),
@@ -56,7 +44,6 @@ def wan_i2v() -> DiffusionPipeline:
 
 
 def wan_vace() -> DiffusionPipeline:
-    _prompts_need_no_ftfy(pipeline_wan_vace)
     return diffusers.WanVACEPipeline(**_wan_parts(networks.wan_vace()))
 
 
