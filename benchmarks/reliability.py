@@ -8,13 +8,16 @@ A section is a function that gives rows (`evaluation.drill.Outcome`): what was d
 of it. The target of "wrong" is 0. Times do not matter here, so the machine may be busy.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from diffusion_opt.caching import drill as states
 from diffusion_opt.datasets import read_json, write_json
 from diffusion_opt.evaluation import machine
 from diffusion_opt.evaluation.drill import Outcome, table
@@ -30,11 +33,23 @@ class Settings:
     only: tuple[str, ...] = ()  # sections; none: all
     kills: int = 200  # of a training run
     others: int = 25  # tries of each other fault
+    states: int = 240  # disturbances between two generations under a cache
     out: Path = RESULTS
+
+
+def caches(settings: Settings) -> list[Outcome]:
+    """Disturbances over the tiny full pipelines of the tests."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from tiny_pipelines import tiny_pipeline, tiny_run
+
+    kinds = ("flux2-klein", "sd3", "wan", "ltx", "ltx2-cfg", "flux2-dev")
+    subjects = {kind: states.Subject(partial(tiny_pipeline, kind), tiny_run(kind)) for kind in kinds}
+    return states.drill(subjects, settings.states)
 
 
 SECTIONS: dict[str, Callable[[Settings], list[Outcome]]] = {
     "training": lambda settings: drill.in_a_process(settings.kills, settings.others),
+    "caches": caches,
 }
 
 
