@@ -33,6 +33,8 @@ from diffusion_opt.distillation.trajectory import (
     OdeDistillation,
     OdePairs,
     ProgressiveDistillation,
+    Refinement,
+    RefinementSettings,
     Reflow,
     TruncatedConsistency,
     TruncatedSettings,
@@ -117,6 +119,16 @@ def ode(task: Task) -> OdeDistillation:
 
 def reflow(task: Task) -> Reflow:
     return Reflow(task.student, task.pairs)
+
+
+def refinement(task: Task) -> Refinement:
+    if task.lora is not None:
+        raise ValueError("refine holds the student that it starts from beside the one in training: train all weights")
+    start = copy.deepcopy(task.student).eval().requires_grad_(False)
+    settings = task.settings or RefinementSettings()
+    return Refinement(
+        task.student, start, task.teacher, task.subject.conditions, task.subject.sample_shape, task.times, settings
+    )
 
 
 def guidance(task: Task) -> GuidanceDistillation:

@@ -25,7 +25,7 @@ from diffusion_opt.distillation.builders import RENOISED, Task
 from diffusion_opt.distillation.distribution import AdversarialSettings, HeadSettings, IdentitySettings, MatchSettings
 from diffusion_opt.distillation.flow_matching import FlowMatchingSettings
 from diffusion_opt.distillation.trajectory import METHODS as SETTINGS
-from diffusion_opt.distillation.trajectory import PairConfig, TruncatedSettings
+from diffusion_opt.distillation.trajectory import TAU, PairConfig, RefinementSettings, TruncatedSettings
 from diffusion_opt.training import Distiller, TrainConfig, TrainResult, train
 
 PAIRS = PairConfig(num_pairs=10_240, guidance_scale=2.0, num_rungs=4, num_steps=12)
@@ -47,6 +47,7 @@ class Method:
     stages: bool = False  # halves the steps from 8 on, a run for each
     guided: bool = True  # learns from the guided teacher; else a guidance scale does nothing and is refused
     adapts: bool = True  # trains adapters too; an exact derivative in time does not go through them
+    ladders: dict[int, tuple[float, ...]] | None = None  # its own times by step count; None: evenly spaced
     settings: Any = None  # its own, a frozen dataclass that holds the defaults; None: nothing can be changed
 
     def fit(
@@ -233,6 +234,16 @@ METHODS: dict[str, Method] = {
         build=build.score_identity,
         settings=IdentitySettings(),
         **MATCH,
+    ),
+    "refine": Method(
+        "pictures of a student of one step, finished by one pass of the teacher: takes off grain",
+        "trajectory",
+        presets=dict.fromkeys((1, 2), replace(ALONG_PATH, minutes=20, learning_rate=2e-4, ema_decay=0.99)),
+        build=build.refinement,
+        starts={1: "sid", 2: "sid"},
+        ladders={2: (1.0, TAU)},
+        adapts=False,
+        settings=RefinementSettings(),
     ),
     "sida": Method(
         "sid with a discriminator that sees real pictures",

@@ -125,4 +125,4 @@ def sampling_of(plan: StudentPlan, method: Method, two_time: bool, steps: int | 
         return Sampling(steps, tuple(RENOISED.values()), renoise=True)
     if method.sampling == "start" and not two_time and steps > 1:
         return Sampling(steps, (plan.times or RENOISED[steps],), renoise=True)
-    return Sampling(steps, (plan.times or ladder(steps),))
+    return Sampling(steps, (plan.times or (method.ladders or {}).get(steps) or ladder(steps),))

@@ -6,11 +6,13 @@ from diffusion_opt.distillation.trajectory.metrics import adaptive_loss, pseudo_
 from diffusion_opt.distillation.trajectory.ode_distillation import OdeDistillation
 from diffusion_opt.distillation.trajectory.pairs import OdePairs, PairConfig, generate_pairs, load_pairs, sample_noise
 from diffusion_opt.distillation.trajectory.progressive import ProgressiveDistillation, train_progressively
+from diffusion_opt.distillation.trajectory.refinement import TAU, Refinement, RefinementSettings
 from diffusion_opt.distillation.trajectory.reflow import Reflow
 from diffusion_opt.distillation.trajectory.truncated import TruncatedConsistency, TruncatedSettings
 
 __all__ = [
     "METHODS",
+    "TAU",
     "FlowMapDistillation",
     "FlowMapSettings",
     "GuidanceDistillation",
@@ -18,6 +20,8 @@ __all__ = [
     "OdePairs",
     "PairConfig",
     "ProgressiveDistillation",
+    "Refinement",
+    "RefinementSettings",
     "Reflow",
     "TruncatedConsistency",
     "TruncatedSettings",

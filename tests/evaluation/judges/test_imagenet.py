@@ -31,7 +31,7 @@ def test_grain_moves_it_much_and_the_fashion_judge_little(
     teacher_above_floor = 1.7  # FD (fashion features) of the shipped teacher above its floor, its card
     seen = JUDGE.measure(grainy, labels, real=fashion)
     assert seen["imagenet.distance"].value > 3 * found["imagenet.distance"].value
-    assert seen["imagenet.precision"].value < 0.75 * found["imagenet.precision"].value
+    assert seen["imagenet.precision"].value < 0.8 * found["imagenet.precision"].value
     overlooked = FashionJudge(resamples=2).measure(grainy, labels)["fashion.distance"]
     assert overlooked.above_real < teacher_above_floor
 
