@@ -52,6 +52,8 @@ def ladder_of(ladders: Sequence[Sequence[float]], steps: int, sigmas: Sequence[f
         return list(sigmas)
     if sigmas is not None and list(sigmas) not in [list(ladder) for ladder in ladders]:
         raise ValueError(f"from noise this student's sigmas are those of its ladders, {ladders}; got {list(sigmas)}")
+    if sigmas is not None and len(sigmas) != steps:
+        raise ValueError(f"the sigmas given are {len(sigmas)} steps, and num_inference_steps={steps}: leave one out")
     for ladder in ladders:
         if len(ladder) == steps:
             return list(ladder)
@@ -66,7 +68,8 @@ def seeded_steps(
     scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None
 ) -> Iterator[None]:
     """During this block noise that a re-noising scheduler adds comes from `generator`; others are left alone."""
-    if generator is None or not isinstance(scheduler, FlowMatchLCMScheduler):
+    adds_noise = isinstance(scheduler, FlowMatchLCMScheduler) or scheduler.config.get("stochastic_sampling", False)
+    if generator is None or not adds_noise:
         yield
         return
     step: Any = scheduler.step

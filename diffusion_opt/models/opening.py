@@ -169,9 +169,10 @@ def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
     if name != TinyFlux2Pipeline.__name__ and not hasattr(diffusers, name):
         raise ValueError(f"{folder} is a {name}, which the installed diffusers {diffusers.__version__} does not have")
     for part, value in index.items():
-        if not isinstance(value, list) or len(value) != 2 or value[0] is None or part.startswith("_"):
+        is_part = isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
+        if not is_part or part.startswith("_"):  # two ladders, or a lowest and a highest scale, are settings
             continue
-        library = str(value[0])
+        library = value[0]
         if library.partition(".")[0] not in LIBRARIES and not hasattr(diffusers.pipelines, library):
             raise ValueError(
                 f"{folder} takes its {part} from {library!r}, which is no library of these: {', '.join(LIBRARIES)}"

@@ -174,6 +174,8 @@ class TinyFlux2Pipeline(Flux2KleinPipeline):
         """
         config = self.config
         steps = config.default_steps if num_inference_steps is None else num_inference_steps
+        if num_inference_steps is None and kwargs.get("sigmas") is not None:
+            steps = len(kwargs["sigmas"])
         scale = config.default_guidance if guidance_scale is None else guidance_scale
         if isinstance(prompt, int):
             prompt = [prompt]

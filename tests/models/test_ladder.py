@@ -125,6 +125,29 @@ def test_a_ladder_is_found_by_its_length():
     assert ladder_of(LADDERS, 3) == [1.0, 0.9, 0.4]
 
 
+def test_the_sigmas_of_a_ladder_are_the_ones_that_run():
+    pipe, times = small_pipeline(), []
+    set_ladders(pipe, [[1.0], [1.0, 0.5], [1.0, 0.7, 0.4]], renoise=True)
+    pipe.transformer.register_forward_pre_hook(
+        lambda m, args, kwargs: times.append(float(kwargs["timestep"][0])), with_kwargs=True
+    )
+    for ladder in ([1.0], [1.0, 0.5], [1.0, 0.7, 0.4]):
+        times.clear()
+        pipe("0", sigmas=ladder, output_type="latent")
+        assert times == pytest.approx(ladder)
+    with pytest.raises(ValueError, match="the sigmas given are 2 steps, and num_inference_steps=3: leave one out"):
+        pipe("0", sigmas=[1.0, 0.5], num_inference_steps=3)
+
+
+def test_noise_of_a_stochastic_scheduler_is_that_of_the_generator():
+    pipe = small_pipeline()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    one = generate(pipe, seed=7)
+    torch.randn(3)  # the global generator moves on
+    assert torch.equal(generate(pipe, seed=7), one)
+    assert not torch.equal(generate(pipe, seed=8), one)
+
+
 @pytest.fixture
 def guided():
     """A student with the scale in its slot, for guidance 1 … 4."""
