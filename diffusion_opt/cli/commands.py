@@ -35,11 +35,13 @@ COMMANDS = {
     "doctor": Command(_CLI + "demo:doctor", "", "what this machine has, and what will be slow on it"),
     "demo": Command(_CLI + "demo:demo", "", "every technique on the shipped model, measured"),
     "generate": Command(_CLI + "generate:generate", "MODEL", "pictures or clips"),
+    "plan": Command(_CLI + "plan:plan", "MODEL", "bytes and arithmetic, before a weight is read"),
+    "measure": Command(_CLI + "measure:measure", "MODEL", "speed, cost, memory, and what judges say"),
     "cache calibrate": Command(_CLI + "cache:calibrate", "MODEL", "what TeaCache, MagCache and step tables need"),
     "cache search": Command(_CLI + "cache:search", "MODEL", "which steps to compute, for each budget"),
     "cache compare": Command(_CLI + "cache:compare", "MODEL", "every cache beside running fewer steps"),
     "quantize": Command(_CLI + "quantize:quantize", "MODEL", "fewer bits, by calibration or training; saved packed"),
-    "distill": Command(_CLI + "training:distill", "", "a student of few steps"),
+    "distill": Command(_CLI + "training:distill", "--teacher MODEL", "a student of few steps"),
     "train": Command(_CLI + "training:train", "teacher", "a shipped model from scratch"),
     "kernels report": Command(_CLI + "kernels:report", "", "what each Triton kernel compiles to on each GPU"),
     "kernels explain": Command(_CLI + "kernels:explain", "", "which attention code runs on this machine"),
@@ -47,7 +49,7 @@ COMMANDS = {
 SECTIONS = {
     "Start here": ("doctor", "demo"),
     "With any pipeline (MODEL: a shipped name, a folder, or a name of the hub)": (
-        "generate", "cache calibrate", "cache search", "cache compare", "quantize",
+        "generate", "plan", "measure", "cache calibrate", "cache search", "cache compare", "quantize",
     ),
     "Make models": ("distill", "train"),
     "Look inside": ("kernels report", "kernels explain"),

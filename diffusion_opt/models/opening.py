@@ -98,7 +98,7 @@ def open_folder(folder: Path, dtype: Dtype = AUTO, **parts: nn.Module) -> Diffus
     that the installed diffusers lacks, and a type that cannot be.
     """
     index = read_index(folder)
-    _refuse_code(folder, index)
+    check_code(folder, index)
     dtype = as_dtype(dtype)
     dtype = stored_dtype(folder) if dtype == AUTO else dtype
     own = _class_name(index) == TinyFlux2Pipeline.__name__
@@ -161,7 +161,7 @@ def _class_name(index: Mapping[str, Any]) -> Any:
     return index["_class_name"]
 
 
-def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
+def check_code(folder: Path, index: Mapping[str, Any]) -> None:
     """Raise ValueError unless every class that the index names comes from an installed library."""
     name = _class_name(index)
     if not isinstance(name, str):

@@ -83,9 +83,15 @@ class Run:
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raise ValueError if the pipeline's call has no argument of a name that the run sets, or wants one more."""
         taken = inspect.signature(type(pipe).__call__).parameters
-        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        known, open_ended = set(taken), True
+        for owner in type(pipe).__mro__:  # a call that hands on what it does not know takes what its parent takes
+            own = inspect.signature(owner.__call__).parameters
+            known |= set(own)
+            open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+            if not open_ended:
+                break
         for name in self.settings:
-            if name not in taken and not open_ended:
+            if name not in known and not open_ended:
                 raise ValueError(f"{type(pipe).__name__} takes no {name!r}: leave it out of the run")
         required = [
             name
