@@ -54,10 +54,10 @@ def lines(found: "Plan", steps: int, batch_size: int) -> list[str]:
     said += [
         f"a pass of {first.network} ({batch_size} in a call: {shapes})",
         f"  {'arithmetic':18s} {_count(first.macs):>10s} multiply-accumulates",
-        f"  {'activations':18s} {_size(first.activation_bytes):>10s}  at most at once, in plain PyTorch without memory-saving attention",
+        f"  {'activations':18s} {_size(first.activation_bytes):>10s}  most of them alive at once, attention in full",
         f"a generation of {steps} steps",
         f"  {'passes':18s} {passes:>10,d}  {'two a step, for guidance' if passes > steps else 'one a step'}",
-        f"  {'arithmetic':18s} {_count(passes * first.macs):>10s} multiply-accumulates, without text encoders and decoder",
+        f"  {'arithmetic':18s} {_count(passes * first.macs):>10s} multiply-accumulates of the passes alone",
     ]
     return said
 

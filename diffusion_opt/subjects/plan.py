@@ -30,6 +30,8 @@ from diffusion_opt.models.pipeline import TinyFlux2Pipeline
 from diffusion_opt.subjects.networks import denoisers
 from diffusion_opt.subjects.run import Run
 
+ENCODERS = (transformers.T5EncoderModel, transformers.UMT5EncoderModel)  # which look whether a mask masks anything
+
 
 @dataclass(frozen=True, slots=True)
 class PassPlan:
@@ -115,7 +117,7 @@ def _first_pass(pipe: DiffusionPipeline, networks: Mapping[str, nn.Module], run:
         times(*arguments, **{**settings, **({"device": "cpu"} if "device" in settings else {})})
 
     pipe.scheduler.set_timesteps = on_cpu
-    texts = [part for part in pipe.components.values() if isinstance(part, transformers.PreTrainedModel)]
+    texts = [part for part in pipe.components.values() if isinstance(part, ENCODERS)]
     hooks = [part.register_forward_pre_hook(_without_masks, with_kwargs=True) for part in texts]
     hooks += [net.register_forward_pre_hook(stop(name), with_kwargs=True) for name, net in networks.items()]
     try:
