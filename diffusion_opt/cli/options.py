@@ -106,7 +106,7 @@ class Asked:
             pipe, self.texts(), num_inference_steps=self.steps, guidance_scale=self.guidance, height=self.height,
             width=self.width, num_frames=self.num_frames, negative_prompt=self.negative_prompt,
             batch_size=self.batch_size or (10 if hasattr(pipe, "class_embedder") else 1), seed=self.seed,
-            arguments=self._arguments(),
+            arguments=self.arguments(),
         )  # fmt: skip
         return complete(run, pipe)
 
@@ -126,7 +126,7 @@ class Asked:
                     raise ValueError(f"--call {self.call}: {name} is {path}, which is not there")
         return found
 
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Further arguments with their pictures opened."""
         if self.call is None:
             return {}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from diffusion_opt.cli.options import RUNS, Device, settle, writable
+from diffusion_opt.cli.options import RUNS, Asked, Device, settle, writable
 
 if TYPE_CHECKING:
     from diffusion_opt.training import TrainResult
@@ -81,6 +81,7 @@ def distill(
     width: int | None = None,
     num_frames: int | None = None,
     negative_prompt: str | None = None,
+    call: Path | None = None,
     latents: Path | None = None,
     pictures: Path | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -149,6 +150,7 @@ def distill(
         width: pixels.
         num_frames: of a clip.
         negative_prompt: what stands for no prompt in guidance; default: the empty one.
+        call: JSON FILE of further arguments of the pipeline's call; pictures by their paths.
         latents: safetensors FILE of real samples, "latents" and "prompts", for methods that learn from pictures.
         pictures: FOLDER of pictures with captions beside them (cat.png, cat.txt), which are then the prompts.
         dtype: in which the teacher is opened; auto: as it is stored. Class-conditional models compute in float32.
@@ -180,6 +182,7 @@ def distill(
     subject = open_subject(
         teacher, _texts(prompts), Samples(latents, pictures), device, dtype, guidance_scale=guidance, height=height,
         width=width, num_frames=num_frames, negative_prompt=negative_prompt,
+        arguments=Asked(call=call).arguments(),
     )  # fmt: skip
     plan = plan.settled(subject)
     if pairs is not None or (chosen.pairs and seed):

@@ -170,7 +170,7 @@ def measure_together(
                 bar.set_description(name)
                 _turn(rung, batch, seed + index, index == 0, len(batch) == batch_size, device, taken[name])
                 for judge in panel if index == 0 else ():
-                    judge.check(taken[name].images[0], batch, real)
+                    judge.check(*_at_least_two(taken[name].images[0], batch), real)
                 bar.update()
     made = {name: torch.cat(turns.images)[: len(asked)] for name, turns in taken.items()}
     if images is not None:
@@ -191,6 +191,13 @@ def measure_together(
         opinions = _opinions(panel, made[name], asked, real, made[first])
         records[name] = _record(name, rung, taken[name], opinions, protocol, here)
     return records
+
+
+def _at_least_two(pictures: Tensor, asked: Asked) -> tuple[Tensor, Asked]:
+    """A first batch to check judges with; one of a single picture twice, since later batches add to it."""
+    if len(pictures) > 1:
+        return pictures, asked
+    return torch.cat([pictures] * 2), asked.repeat(2) if isinstance(asked, Tensor) else [*asked] * 2
 
 
 def _panel(judges: Sequence[Chosen], resamples: int, seed: int, alone: bool) -> list[Judge]:
