@@ -218,8 +218,8 @@ FAST: dict[str, Cell] = {
     "TeaCache": Cell(always(TeaCache(50.0)), steps_spared),
     "FirstBlockCache": Cell(always(FirstBlockCache(500.0)), steps_spared),
     "EasyCache": Cell(always(EasyCache(500.0, warmup=1)), steps_spared),
-    "GuidanceCache, every 2": Cell(always(GuidanceCache(2, "reuse")), guidance_spared),
-    "GuidanceCache, interval": Cell(always(GuidanceCache(1, interval=(0.0, 0.7))), guidance_spared),
+    "GuidanceCache (every 2)": Cell(always(GuidanceCache(2, "reuse")), guidance_spared),
+    "GuidanceCache (interval)": Cell(always(GuidanceCache(1, interval=(0.0, 0.7))), guidance_spared),
     "StreamingRegionCache": Cell(
         always(StreamingRegionCache(threshold=0.01, probe=0.0)), tokens_spared, video, False, forget_regions
     ),
