@@ -81,7 +81,7 @@ def overview() -> str:
         lines.append(title)
         for name in names:
             command = COMMANDS[name]
-            lines.append(f"  {f'{name} {command.arguments}'.strip():22s} {command.says}")
+            lines.append(f"  {f'{name} {command.arguments}'.strip():24s} {command.says}")
         lines.append("")
     lines += ["Examples", *(f"  {line}" for line in EXAMPLES), ""]
     return "\n".join([*lines, "`diffusion-opt COMMAND --help` explains the options of a command."])
