@@ -14,7 +14,8 @@ BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 SIGNS = {"works": "✓", "refused": "–", "idle": "○", "fault": "**fault**"}
 LEGEND = (
     "✓ works: it does something, makes the same twice, and its removal is bit-identical. "
-    "– is refused with a reason and without a trace, when it is applied or, where that depends on the call, at the call. "
+    "– is refused with a reason and without a trace, when it is applied or, where that depends on the call, at the "
+    "call. "
     "○ has nothing to do there, and says so. An empty cell is not tried. "
     "Tried on tiny full pipelines of random weights (`tests/matrix`); `make matrix` tries them again, and "
     "`tests/matrix/table.json` holds every reason."
