@@ -2,10 +2,11 @@
 
 Every rung starts from a fresh copy of the teacher, makes the same images (same noise, same classes) and is timed in
 turns with the others, so a speed-up is a ratio of medians under one protocol. The first rung is the reference; the
-second, a better solver with fewer steps, is what each later one has to beat to have earned its place.
+second, a better solver with fewer steps, is what each later one has to beat to have earned its place. Two judges that
+can contradict each other measure the distance to real pictures, and plain statistics say how much fine detail there is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 from diffusion_opt.caching import GuidanceCache, TeaCache
 from diffusion_opt.evaluation import Measurement, Rung, measure_together, speedup
+from diffusion_opt.evaluation.judges.real import SHIPPED_REAL
 from diffusion_opt.models import load
 from diffusion_opt.quantization import W8A8, Bfloat16, DynamicInt8
 from diffusion_opt.quantization.faster import w8a8
@@ -22,6 +24,7 @@ from diffusion_opt.recipes.recipe import Recipe
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
 
 TEACHER = "teacher"
+JUDGES = ("fashion", "imagenet", "statistics")
 GUIDANCE = GuidanceCache(every=1, interval=(0.3, 0.9))  # chosen in `benchmarks/sampling_steps.py`
 FASHION_LADDER: dict[str, Recipe] = {
     TEACHER: Recipe(),
@@ -70,6 +73,7 @@ class LadderResult:
                 "class_agreement": m.quality.class_agreement,
                 "distance_to_teacher": m.quality.teacher.feature_rms if m.quality.teacher else 0.0,
                 "features": m.quality.metric,
+                "judged": {name: number.to_dict() for name, number in m.judged.items()},
             }
             for name, m in self.measurements.items()
         ]
@@ -114,6 +118,17 @@ def obstacle(recipe: Recipe, device: torch.device) -> str | None:
     return None
 
 
+def real_pictures(size: int) -> str:
+    """Name of the shipped real pictures of a size in pixels. Raises ValueError if there are none."""
+    found = [name for name, pixels in SHIPPED_REAL.items() if pixels == size]
+    if not found:
+        raise ValueError(
+            f"the ladder knows real pictures of {sorted(SHIPPED_REAL.values())} pixels, the model makes {size}; "
+            "measure other models with measure_together(…, judges=…, real=…)"
+        )
+    return found[0]
+
+
 def run_ladder(
     recipes: Mapping[str, Recipe] = FASHION_LADDER,
     *,
@@ -125,8 +140,9 @@ def run_ladder(
     device: str = "cpu",
     compile: bool = False,
     progress: bool = True,
+    judges: Sequence[str] = JUDGES,
 ) -> LadderResult:
-    """Measure all rungs together.
+    """Measure all rungs together, by several judges against the shipped real pictures of the model's size.
 
     Rungs with a technique that this machine cannot run, or only more slowly, are left out and named in `skipped`; on a
     CUDA GPU `W8A8` takes the place of `DynamicInt8`. With `compile` the blocks of every rung are compiled. Raises
@@ -154,6 +170,8 @@ def run_ladder(
         device=device,
         progress=progress,
         images=images,
+        judges=judges,
+        real=real_pictures(pipes[TEACHER].vae.config.sample_size),
     )
     descriptions = {name: recipes[name].describe() for name in pipes}
     guidance = pipes[TEACHER].config.default_guidance

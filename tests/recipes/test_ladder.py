@@ -1,10 +1,12 @@
 """The ladder on a tiny model: its rows, its report, and what the report promises to programs."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from diffusion_opt.recipes import (
     LadderResult,
@@ -16,6 +18,7 @@ from diffusion_opt.recipes import (
     report,
     run_ladder,
 )
+from diffusion_opt.recipes.ladder import real_pictures
 
 FIELDS = {
     "name",
@@ -28,6 +31,7 @@ FIELDS = {
     "fid_high",
     "class_agreement",
     "features",
+    "judged",
 }
 
 
@@ -73,8 +77,30 @@ def test_report_is_written_in_all_forms(result: LadderResult, tmp_path: Path) ->
     assert "<td>student</td>" in page
 
 
-def test_table_has_a_line_a_rung(result: LadderResult) -> None:
-    assert report.table(result.rows()).row_count == 3
+def test_judges_stand_side_by_side(result: LadderResult) -> None:
+    for row in result.rows():
+        assert {name.split(".")[0] for name in row["judged"]} == {"fashion", "imagenet", "statistics"}
+        assert row["judged"]["fashion.distance"]["value"] == row["fid"]
+        assert row["judged"]["imagenet.distance"]["real"] > 0
+        assert row["judged"]["imagenet.distance"]["num"] == 40
+
+
+def test_table_is_whole_at_80_columns(result: LadderResult) -> None:
+    rows = result.rows()
+    rows[0] |= {"name": "+ guidance interval", "ms_per_image": 1174.9, "weight_mb": 118.5, "speedup": 120.3}
+    rows[0]["judged"]["imagenet.distance"] |= {"value": 1448.0, "low": 1400.0, "high": 1500.0}
+    assert report.table(rows).row_count == 3
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.table(rows))
+    printed = console.file.getvalue()
+    for whole in ("+ guidance interval", "1448", "120x", " 118", "1174.9", "ImageNet", "call", "TV"):
+        assert whole in printed
+    assert "…" not in printed
+
+
+def test_a_model_without_real_pictures_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"real pictures of \[16, 28\] pixels, the model makes 64"):
+        real_pictures(64)
 
 
 def test_measure_one_pipeline(teacher_folder: Path, pipe) -> None:
