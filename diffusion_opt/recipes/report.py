@@ -27,7 +27,7 @@ def spread(number: dict[str, Any]) -> str:
 COLUMNS = {
     "rung": lambda r: r["name"],
     "NFE": lambda r: f"{r['nfe']}",
-    "ms an\nimage": lambda r: f"{r['ms_per_image']:.1f}",
+    "ms per\nimage": lambda r: f"{r['ms_per_image']:.1f}",
     "faster": lambda r: f"{r['speedup']:.0f}x" if r["speedup"] >= 10 else f"{r['speedup']:.1f}x",
     "MB": lambda r: f"{r['weight_mb']:.1f}" if r["weight_mb"] < 100 else f"{r['weight_mb']:.0f}",
     "FD\nfashion": lambda r: spread(r["judged"]["fashion.distance"]),
