@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from diffusion_opt.kernels.attention.eight_bit import fp8_attention, int8_attention
 from diffusion_opt.kernels.attention.fp4 import fp4_attention
 from diffusion_opt.kernels.diffusers_backend import attention_backend
-from diffusion_opt.kernels.quantizers.oracle import KEY_GROUPS, QUERY_GROUPS, quantize_channels, quantize_tokens
+from diffusion_opt.kernels.quantizers.oracle import (
+    EIGHT_BIT_KEYS,
+    KEY_GROUPS,
+    QUERY_GROUPS,
+    quantize_channels,
+    quantize_tokens,
+)
 from diffusion_opt.quantization.attention.gradient import low_precision_attention
 from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention
 
@@ -52,7 +58,7 @@ def straight_through(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, forma
     """The 8-bit operation written out for autograd, tile by tile, each rounding as x + (Q(x) - x).detach()."""
     mean = k.mean(2, keepdim=True) if smooth else torch.zeros_like(k[:, :, :1])
     queries = decoded(*quantize_tokens(q.detach(), format, QUERY_GROUPS["block"]), 128)
-    keys = decoded(*quantize_tokens(k.detach(), format, KEY_GROUPS["block"], mean.detach()[:, :, 0]), 64)
+    keys = decoded(*quantize_tokens(k.detach(), format, KEY_GROUPS["block"], mean.detach()[:, :, 0]), EIGHT_BIT_KEYS)
     values = v.half().float()
     if format == "fp8":
         codes = quantize_channels(v.detach())
@@ -62,14 +68,14 @@ def straight_through(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, forma
     p = scores.softmax(-1).nan_to_num(0)
     peak = torch.full_like(scores[..., :1], -1e30)
     rounded, norm = torch.zeros_like(p), 0.0
-    for start in range(0, k.shape[2], 64):
-        tile = scores[..., start : start + 64].detach()
+    for start in range(0, k.shape[2], EIGHT_BIT_KEYS):
+        tile = scores[..., start : start + EIGHT_BIT_KEYS].detach()
         new = torch.maximum(peak, tile.amax(-1, keepdim=True))
         weights, shrink, peak = (tile - new).exp(), (peak - new).exp(), new
         norm = norm * shrink + weights.sum(-1, keepdim=True)
         codes = weights.half().float() if format == "int8" else (448 * weights).to(torch.float8_e4m3fn).float() / 448
         rounded = rounded * shrink
-        rounded[..., start : start + 64] = codes
+        rounded[..., start : start + EIGHT_BIT_KEYS] = codes
     return straight(p, rounded / torch.where(norm == 0, 1, norm)) @ straight(v, values)
 
 
