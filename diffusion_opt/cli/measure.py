@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -19,10 +19,8 @@ from diffusion_opt.cli.options import ASKED, OPENING, RUNS, Asked, Model, Openin
 from diffusion_opt.names import SHIPPED
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import DiffusionPipeline
     from rich.table import Table
-    from torch import Tensor, nn
 
     from diffusion_opt.evaluation import Measurement, Rung
     from diffusion_opt.subjects import Run
@@ -109,57 +107,13 @@ def judged(found: "dict[str, Measurement]") -> Iterator[str]:
             yield f"{name}: {title} {number.value:.4g}{interval}{real}"
 
 
-def rung(pipe: "DiffusionPipeline", run: "Run") -> "Rung":
-    """A pipeline and its run as something to measure: prompts and a generator in, pictures or clips in [-1, 1] out."""
-    from diffusion_opt.evaluation import Rung
-
-    def generate(asked: Any, generator: "torch.Generator") -> "Tensor":
-        settings = run.settings
-        if isinstance(settings.get("negative_prompt"), str):
-            settings["negative_prompt"] = [settings["negative_prompt"]] * len(asked)
-        made = pipe(prompt=list(asked), generator=generator, output_type="pt", return_dict=False, **settings)[0]
-        return made.float() * 2 - 1
-
-    return Rung(generate, _networks(pipe))
-
-
-def _networks(pipe: "DiffusionPipeline") -> "nn.Module":
-    """The denoising network; of several, one module whose passes are those of all."""
-    from torch import nn
-
-    from diffusion_opt.subjects import denoisers
-
-    networks = list(denoisers(pipe).values())
-    if len(networks) == 1:
-        return networks[0]
-
-    class Together(nn.ModuleList):
-        """Hooks go to each network, as only they are called."""
-
-        def register_forward_pre_hook(self, *arguments: Any, **settings: Any) -> "_Handles":
-            return _Handles([network.register_forward_pre_hook(*arguments, **settings) for network in self])
-
-        def register_forward_hook(self, *arguments: Any, **settings: Any) -> "_Handles":
-            return _Handles([network.register_forward_hook(*arguments, **settings) for network in self])
-
-    return Together(networks)
-
-
-class _Handles(list):
-    """Handles of several hooks, removed together."""
-
-    def remove(self) -> None:
-        for handle in self:
-            handle.remove()
-
-
 def _rungs(model: str, against: tuple[str, ...], asked: Asked, opening: Opening) -> "tuple[dict[str, Rung], Run]":
     """The model and what it is compared with, each a pipeline of its own, and the model's run."""
-    from diffusion_opt.recipes import Recipe
+    from diffusion_opt.recipes import Recipe, as_rung
 
     pipe = opening.open(model)
     run = asked.run(pipe)
-    rungs = {Path(model).name: rung(pipe, run)}
+    rungs = {Path(model).name: as_rung(pipe, run)}
     for other in against:
         if _is_recipe(other):
             recipe, pipe = Recipe.load(other), opening.open(model)
@@ -169,7 +123,7 @@ def _rungs(model: str, against: tuple[str, ...], asked: Asked, opening: Opening)
         name = Path(other).stem if _is_recipe(other) else Path(other).name
         if name in rungs:
             raise ValueError(f"two pipelines to measure are called {name}: give them different names")
-        rungs[name] = rung(pipe, _left_to(pipe, asked).run(pipe))
+        rungs[name] = as_rung(pipe, _left_to(pipe, asked).run(pipe))
     return rungs, run
 
 

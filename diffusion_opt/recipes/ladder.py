@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from diffusion_opt.caching import GuidanceCache, TeaCache
-from diffusion_opt.evaluation import Measurement, Rung, measure_together, speedup
+from diffusion_opt.evaluation import Measurement, measure_together, speedup
 from diffusion_opt.evaluation.judges.real import SHIPPED_REAL
 from diffusion_opt.models import load
 from diffusion_opt.quantization import W8A8, Bfloat16, DynamicInt8
 from diffusion_opt.quantization.faster import w8a8
 from diffusion_opt.quantization.faster.bfloat16 import fast_here
+from diffusion_opt.recipes.measuring import as_rung
 from diffusion_opt.recipes.recipe import Recipe
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
 
@@ -77,26 +77,6 @@ class LadderResult:
             }
             for name, m in self.measurements.items()
         ]
-
-
-def as_rung(pipe: DiffusionPipeline) -> Rung:
-    """A pipeline as something to measure: labels and a generator in, images in [-1, 1] out."""
-
-    def generate(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        images = pipe(prompt=labels.tolist(), generator=generator, output_type="pt").images
-        return images * 2 - 1
-
-    return Rung(generate, pipe.transformer)
-
-
-def measure(pipe: DiffusionPipeline, *, device: str = "cpu", **settings: Any) -> Measurement:
-    """Speed, cost and quality of one pipeline; settings as in `evaluation.measure_together`.
-
-    To compare pipelines measure them together (`measure_together`, `run_ladder`): separate runs do not compare.
-    """
-    rungs = {"pipeline": as_rung(pipe)}
-    num_classes = pipe.class_embedder.num_classes
-    return measure_together(rungs, num_classes=num_classes, device=device, **settings)["pipeline"]
 
 
 def fitted(recipe: Recipe, device: torch.device) -> Recipe:
