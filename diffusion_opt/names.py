@@ -40,6 +40,12 @@ SHIPPED = {
     )
 }
 
+METHODS = (  # of distillation, as `distillation/methods.py` registers them; plugins bring others
+    "finetune", "guidance", "ode", "reflow", "progressive", "flow_map", "shortcut", "mean_flow", "mean_flow_difference",
+    "mean_flow_data", "consistency", "tcm", "consistency_training", "scm", "lcm", "dmd2", "dmd2_gan", "f_distill",
+    "sid", "refine", "sida", "ladd", "rcm",
+)  # fmt: skip
+
 
 def data_dir() -> Path:
     """The folder of shipped data and weights: `data/` of the repository, or DIFFUSION_OPT_DATA.
@@ -62,6 +68,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """` (did you mean …?)` for a word that is close to one of the choices, otherwise nothing."""
     found = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError, with the nearest name, unless this is a method of distillation; hyphens are underscores."""
+    if method.replace("-", "_") not in METHODS:
+        raise ValueError(
+            f"no method {method!r}{nearest(method.replace('-', '_'), METHODS)}: there are {', '.join(METHODS)}"
+        )
 
 
 def check_name(name: str | Path) -> None:

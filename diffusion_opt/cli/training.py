@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from diffusion_opt.cli.options import RUNS, Asked, Device, settle, writable
+from diffusion_opt.cli.options import RUNS, Asked, Device, check_model, settle, writable
+from diffusion_opt.names import check_method
 
 if TYPE_CHECKING:
     from diffusion_opt.training import TrainResult
@@ -165,7 +166,13 @@ def distill(
         device: where to train; auto takes the GPU if there is one.
     """
     from dataclasses import replace
+    from importlib.metadata import entry_points
 
+    if not plugin and not entry_points(group="diffusion_opt.plugins"):  # otherwise the name may be one of theirs
+        check_method(method)
+    check_model(teacher)
+    if start is not None:
+        check_model(start)
     device = settle(device, threads)
     from diffusion_opt.distillation.make import StudentPlan, make_student
     from diffusion_opt.distillation.methods import PAIRS, method_named

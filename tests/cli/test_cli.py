@@ -86,6 +86,8 @@ def test_help_of_a_command_explains_its_flags() -> None:
         (("generate", "fashion", "--call", "bad.json"), "--call bad.json is not JSON"),
         (("generate", "fashion", "--call", "picture.json"), "image is cat.png, which is not there"),
         (("generate", "fashion", "--prompts", "empty.txt"), "empty.txt is a file without a line of text"),
+        (("distill", "--steps", "1", "--method", "dmd3"), r"no method 'dmd3' \(did you mean dmd2\?\)"),
+        (("distill", "--steps", "1", "--teacher", "fashio"), r"unknown model 'fashio' \(did you mean fashion\?\)"),
         (("quantize", "fashion", "--format", "nvfp5", "--out", "x"), r"'nvfp5' \(did you mean nvfp4\?\)"),
     ],
 )
@@ -103,6 +105,13 @@ def test_what_was_mistyped_is_said_in_one_line_before_torch_is_imported(
     said = capsys.readouterr()
     assert end.value.code == 2 and said.out == ""
     assert re.fullmatch(rf"diffusion-opt: .*{message}.*\n", said.err), said.err
+
+
+def test_the_names_that_are_checked_early_are_those_there_are() -> None:
+    from diffusion_opt.distillation.methods import METHODS as registered
+    from diffusion_opt.names import METHODS
+
+    assert tuple(METHODS) == tuple(registered)
 
 
 @pytest.mark.parametrize("arguments", [("doctr",), ("generate", "fashon"), ("generate", "fashion", "--steps", "0")])

@@ -51,7 +51,7 @@ def test_the_help_teaches_every_method_in_a_line(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--steps", "1", "--method", "magic"), "method must be one of finetune, guidance, ode"),
+        (("--steps", "1", "--method", "magic"), "there are finetune, guidance, ode"),
         (("--steps", "3",), "ode makes students of 1, 2, 4 steps, got 3"),
         (("--steps", "1", "--data-limit", "10"), "ode uses no images"),
         (("--steps", "4", "--method", "flow-map", "--pairs", "9"), "flow_map uses no trajectories"),
