@@ -123,6 +123,7 @@ def distill(
         f_distill: the same, with weights that make it descend the forward KL and so cover modes.
         sid: descends the difference of the two scores itself, through both networks.
         sida: sid with a discriminator that sees real pictures.
+        refine: pictures of a student of one step, finished by one pass of the teacher: takes off grain.
         ladd: a discriminator on the teacher's features alone, student against real pictures.
         rcm: distribution matching and a loss along the teacher's path together.
 
