@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from diffusion_opt.cli.options import RUNS, Asked, Device, check_model, settle, writable
+from diffusion_opt.cli.options import (
+    RUNS,
+    Asked,
+    Device,
+    MaybeFloat,
+    MaybeInt,
+    MaybePath,
+    MaybeText,
+    check_model,
+    settle,
+    writable,
+)
 from diffusion_opt.names import check_method
 
 if TYPE_CHECKING:
@@ -16,12 +27,12 @@ if TYPE_CHECKING:
 def train(
     what: Annotated[Literal["teacher"], tyro.conf.Positional],
     model: Literal["fashion", "fashion-micro"] = "fashion",
-    minutes: float | None = None,
-    steps: int | None = None,
+    minutes: MaybeFloat = None,
+    steps: MaybeInt = None,
     seed: int = 0,
     checkpoint_seconds: float = 60.0,
-    out: Path | None = None,
-    threads: int | None = None,
+    out: MaybePath = None,
+    threads: MaybeInt = None,
     device: Device = "auto",
 ) -> None:
     """Train a teacher from scratch by flow matching; run it again to resume.
@@ -62,38 +73,38 @@ def distill(
     steps: int,
     teacher: str = "fashion",
     method: str = "ode",
-    start: str | None = None,
-    minutes: float | None = None,
-    updates: int | None = None,
+    start: MaybeText = None,
+    minutes: MaybeFloat = None,
+    updates: MaybeInt = None,
     clock: Literal["wall", "process"] = "wall",
     precision: Literal["float32", "bfloat16"] = "float32",
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    guidance: float | None = None,
+    batch_size: MaybeInt = None,
+    learning_rate: MaybeFloat = None,
+    guidance: MaybeFloat = None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
-    fake_updates: int | None = None,
-    pairs: int | None = None,
-    data_limit: int | None = None,
+    fake_updates: MaybeInt = None,
+    pairs: MaybeInt = None,
+    data_limit: MaybeInt = None,
     classes: tuple[str, ...] = (),
-    lora: int | None = None,
+    lora: MaybeInt = None,
     times: tuple[float, ...] = (),
     prompts: tuple[str, ...] = (),
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    negative_prompt: str | None = None,
-    call: Path | None = None,
-    latents: Path | None = None,
-    pictures: Path | None = None,
+    height: MaybeInt = None,
+    width: MaybeInt = None,
+    num_frames: MaybeInt = None,
+    negative_prompt: MaybeText = None,
+    call: MaybePath = None,
+    latents: MaybePath = None,
+    pictures: MaybePath = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    accumulate: int | None = None,
+    accumulate: MaybeInt = None,
     shard: bool = False,
     set: tuple[str, ...] = (),
     plugin: tuple[str, ...] = (),
     seed: int = 0,
     checkpoint_seconds: float = 60.0,
-    out: Path | None = None,
-    threads: int | None = None,
+    out: MaybePath = None,
+    threads: MaybeInt = None,
     device: Device = "auto",
 ) -> None:
     """Distill a few-step student from a teacher; run it again to resume. Ctrl-C saves and stops.
@@ -116,6 +127,7 @@ def distill(
         consistency_training: the same, with hops along the images and not along the teacher's path.
         scm: consistency in the limit of short hops, its tangent scaled; unstable on FLUX.2 likewise.
         lcm: consistency with the guidance scale as an input of the student.
+        refine: pictures of a student of one step, finished by one pass of the teacher: takes off grain.
 
     Methods that match the teacher's distribution; they start from a student, which is made first if it is not there:
         dmd2: moves the student's distribution to the teacher's; a fake score follows the student.

@@ -205,6 +205,16 @@ METHODS: dict[str, Method] = {
         network="guidance",
         **TO_PICTURE,
     ),
+    "refine": Method(
+        "pictures of a student of one step, finished by one pass of the teacher: takes off grain",
+        "trajectory",
+        presets=dict.fromkeys((1, 2), replace(ALONG_PATH, minutes=20, learning_rate=2e-4, ema_decay=0.99)),
+        build=build.refinement,
+        starts={1: "sid", 2: "sid"},
+        ladders={2: (1.0, TAU)},
+        adapts=False,
+        settings=RefinementSettings(),
+    ),
     "dmd2": Method(
         "moves the student's distribution to the teacher's; a fake score follows the student",
         "distribution",
@@ -234,16 +244,6 @@ METHODS: dict[str, Method] = {
         build=build.score_identity,
         settings=IdentitySettings(),
         **MATCH,
-    ),
-    "refine": Method(
-        "pictures of a student of one step, finished by one pass of the teacher: takes off grain",
-        "trajectory",
-        presets=dict.fromkeys((1, 2), replace(ALONG_PATH, minutes=20, learning_rate=2e-4, ema_decay=0.99)),
-        build=build.refinement,
-        starts={1: "sid", 2: "sid"},
-        ladders={2: (1.0, TAU)},
-        adapts=False,
-        settings=RefinementSettings(),
     ),
     "sida": Method(
         "sid with a discriminator that sees real pictures",
