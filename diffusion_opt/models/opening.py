@@ -91,7 +91,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def open_folder(folder: Path, dtype: Dtype = AUTO, **parts: nn.Module) -> DiffusionPipeline:
+def open_folder(folder: Path, dtype: Dtype = AUTO, **parts: nn.Module | None) -> DiffusionPipeline:
     """Open a pipeline on disk on the CPU, with these parts in place of the stored ones; nothing is downloaded.
 
     Raises FileNotFoundError, CorruptFileError, and ValueError for a folder that wants to run code of its own, a class

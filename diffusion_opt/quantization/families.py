@@ -117,7 +117,7 @@ POLICIES = {
             (
                 Kept(r"adaln_single\..*", "time embedding: one row a sample, makes the modulation of every block"),
                 Kept(r"caption_projection\..*", "input projection: sees the text encoder's output"),
-                *_OUTPUT,
+                _OUTPUT[1],
             ),
         ),
         LayerPolicy(
@@ -125,7 +125,7 @@ POLICIES = {
             (
                 Kept(r"time_embed\..*", "time embedding: one row a sample, makes the modulation of every block"),
                 Kept(r"caption_projection\..*", "input projection: sees the text encoder's output"),
-                *_OUTPUT,
+                _OUTPUT[1],
             ),
         ),
         LayerPolicy(

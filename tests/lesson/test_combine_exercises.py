@@ -12,7 +12,7 @@ from diffusion_opt.recipes import Recipe, Solver, Student
 MISTAKES = [
     ("ex_12_1", ("dynamic_int8", "ptq"), "both change the weights"),
     ("ex_12_1", ("student", "tea_cache"), "compete and do not conflict"),
-    ("ex_12_1", ("solver", "tea_cache"), "solver and the step cache are different factors"),
+    ("ex_12_1", ("solver", "tea_cache"), "solver and the cache are different factors"),
     ("ex_12_1", ("student", "magic"), "no technique 'magic'"),
     ("ex_12_2", lambda macs, rate, new, new_rate, overhead: macs / rate / (new / new_rate), "overhead is missing"),
     ("ex_12_2", lambda macs, rate, new, new_rate, overhead: macs / new, "MACs alone"),

@@ -85,6 +85,7 @@ def test_the_weights_of_the_package_follow_from_their_functions():
         "squared_hellinger": lambda r: (1 - r.sqrt()) ** 2,
         "pearson": lambda r: (r - 1) ** 2,
         "neyman": lambda r: (r - 1) ** 2 / r,
+        "softened_reverse_kl": lambda r: (r + 1) * ((r + 1) / (2 * r)).log(),
     }
     assert functions.keys() == DIVERGENCES.keys()
     for name, f in functions.items():

@@ -8,7 +8,7 @@ value.
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 Streams = dict[str, Float[Tensor, "b ..."]]  # (b, n, d) by name, each with its own number of tokens and width
@@ -51,7 +51,7 @@ class BlockStack(ABC):
         """Time in [0, 1] of a call; None if its samples are at different times."""
         return self.time(call["timestep"])
 
-    def time(self, timestep: Float[Tensor, "*s"]) -> float | None:
+    def time(self, timestep: Shaped[Tensor, "*s"]) -> float | None:
         """Time in [0, 1] of a `timestep` argument; None if its samples are at different times.
 
         A `timestep` (b, n) gives each token its own time, as with a clean first frame; the noisiest counts.

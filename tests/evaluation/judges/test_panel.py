@@ -94,6 +94,7 @@ def test_metrics_are_fed_as_they_ask(pictures: Tensor, labels: Tensor, fashion: 
         judged([gap], some, asked)
 
 
+@pytest.mark.wrong_shapes
 def test_names_that_clash_or_do_not_exist_are_refused(pictures: Tensor, labels: Tensor) -> None:
     with pytest.raises(ValueError, match="fashion, imagenet, statistics, paired"):
         judge_named("inception")
