@@ -42,8 +42,8 @@ SHIPPED = {
 
 METHODS = (  # of distillation, as `distillation/methods.py` registers them; plugins bring others
     "finetune", "guidance", "ode", "reflow", "progressive", "flow_map", "shortcut", "mean_flow", "mean_flow_difference",
-    "mean_flow_data", "consistency", "tcm", "consistency_training", "scm", "lcm", "dmd2", "dmd2_gan", "f_distill",
-    "sid", "refine", "sida", "ladd", "rcm",
+    "mean_flow_data", "consistency", "tcm", "consistency_training", "scm", "lcm", "refine", "dmd2", "dmd2_gan",
+    "f_distill", "sid", "sida", "ladd", "rcm",
 )  # fmt: skip
 
 
