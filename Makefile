@@ -7,6 +7,8 @@ PYTHON := $(or $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 
 endif
 BIN := .venv/bin
 ARGS ?=
+# Two test processes of one thread each; the tests of one file stay together.
+PARALLEL ?= -n 2 --dist loadfile
 
 export OMP_WAIT_POLICY := passive
 OFFLINE := HF_HUB_OFFLINE=1
@@ -43,19 +45,19 @@ layers: install   ## which room may import which
 
 unit: install     ## fast tests, shapes checked at run time
 	@echo "== unit: fast tests"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q $(PARALLEL)
 
 slow: install     ## tests that take minutes
 	@echo "== slow: longer tests"
-	@$(BIN)/python -m pytest -q -m "slow and not compiled and not interpreted" || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m "slow and not compiled and not interpreted" || [ $$? -eq 5 ]
 
 compiled: install ## torch.compile tests, in a call without run-time shape checks
 	@echo "== compiled: torch.compile tests"
-	@$(BIN)/python -m pytest -q -m compiled || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m compiled || [ $$? -eq 5 ]
 
 interpreted: install ## Triton kernels without a GPU, in Triton's interpreter
 	@echo "== interpreted: Triton kernels in the interpreter"
-	@$(BIN)/python -m pytest -q -m interpreted || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m interpreted || [ $$? -eq 5 ]
 
 lessons: install  ## run each notebook in fast mode
 	@echo "== lessons: notebooks in fast mode"

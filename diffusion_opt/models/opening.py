@@ -25,7 +25,6 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from diffusion_opt.datasets import CorruptFileError, read_json
@@ -91,7 +90,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def open_folder(folder: Path, dtype: Dtype = AUTO, **parts: nn.Module | None) -> DiffusionPipeline:
+def open_folder(folder: Path, dtype: Dtype = AUTO, **parts: object) -> DiffusionPipeline:
     """Open a pipeline on disk on the CPU, with these parts in place of the stored ones; nothing is downloaded.
 
     Raises FileNotFoundError, CorruptFileError, and ValueError for a folder that wants to run code of its own, a class

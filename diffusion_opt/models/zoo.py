@@ -28,7 +28,7 @@ from diffusion_opt.names import SHIPPED, check_name
 QUANTIZED = "quantization.json"  # in the folder of a pipeline with packed weights
 
 
-def open_pipeline(folder: Path, dtype: Dtype = AUTO, **parts: nn.Module | None) -> DiffusionPipeline:
+def open_pipeline(folder: Path, dtype: Dtype = AUTO, **parts: object) -> DiffusionPipeline:
     """Open a pipeline on disk, with these parts in place of the stored ones. Raises what `open_folder` raises.
 
     Also raises ValueError for a folder with packed weights, unless the transformer is among the parts.
