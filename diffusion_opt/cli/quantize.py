@@ -116,20 +116,24 @@ def quantize(
     from diffusion_opt.quantization.packed.storage import save_quantized
 
     choices = _choices(pipe, format, skip, first_blocks, last_blocks)
-    probe = record_probe(pipe, samples, torch.Generator().manual_seed(seed + UNSEEN), run=run)
+    _check_two(pipe, bits, qat_minutes)
+    probes = {
+        name: record_probe(pipe, samples, torch.Generator().manual_seed(seed + UNSEEN), run=run, network=name)
+        for name in choices
+    }
     errors: dict[str, float] = {}
     if format == (REAL,):
         formats = _real(pipe, choices, attention)
     else:
-        layers = _formats(pipe, choices, format, bits, seed, run)
-        technique = PTQ(layers=layers, run=run, samples=calibrate, progress=True)
-        formats = {name: found.name for name, found in technique.formats(pipe.transformer).items()}
+        formats = _formats(pipe, choices, format, bits, seed, run)
+        technique = PTQ(layers=_shared(formats), run=run, samples=calibrate, progress=True)
         training = None if qat_minutes is None else (qat_minutes, seed, RUNS / "quantize" / out.name)
-        errors |= _apply(pipe, technique, attention, training, run, probe)
-    errors["as saved"] = _error(pipe, probe)
+        errors |= _apply(pipe, technique, attention, training, run, probes)
+    errors["as saved"] = _error(pipe, probes)
     save_quantized(pipe, out)
     console = Console()
-    console.print(table(quantization_report(pipe), formats, {choice.name: choice.reason for choice in choices}))
+    reasons = {network: {choice.name: choice.reason for choice in own} for network, own in choices.items()}
+    console.print(table(quantization_report(pipe), _flat(formats), _flat(reasons)))
     for stage, error in errors.items():
         console.print(f"relative error of the velocity, {stage}: {error:.4f}", highlight=False)
     console.print(f"written to {out}: open it with diffusion_opt.load({str(out)!r})", highlight=False)
@@ -173,58 +177,93 @@ def _check(format: tuple[str, ...], bits: float | None, calibrate: int, minutes:
 
 def _choices(
     pipe: "DiffusionPipeline", format: tuple[str, ...], skip: tuple[str, ...], first_blocks: int, last_blocks: int
-) -> "list[LayerChoice]":
-    """The policy's word on each layer. Raises ValueError if nothing is left to quantize, and for two networks."""
+) -> "dict[str, list[LayerChoice]]":
+    """The policy's word on each layer of each denoiser. Raises ValueError if nothing of one is left to quantize."""
     from diffusion_opt.quantization import choose
     from diffusion_opt.quantization.faster.int8_cpu import MIN_WIDTH, kernel_here
     from diffusion_opt.subjects import denoisers
 
-    if len(networks := denoisers(pipe)) > 1:
-        raise ValueError(
-            f"a packed folder holds one denoising network, {type(pipe).__name__} has {', '.join(networks)}"
-        )
     min_width = MIN_WIDTH[kernel_here()[0]] if format == (REAL,) else 0
-    choices = choose(pipe.transformer, min_width, skip, first_blocks, last_blocks)
-    if not any(choice.quantized for choice in choices):
-        reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices))
-        raise ValueError(f"nothing is left to quantize: {reasons}")
+    choices = {
+        name: choose(network, min_width, skip, first_blocks, last_blocks) for name, network in denoisers(pipe).items()
+    }
+    for own in choices.values():
+        if not any(choice.quantized for choice in own):
+            reasons = "; ".join(dict.fromkeys(choice.reason for choice in own))
+            raise ValueError(f"nothing is left to quantize: {reasons}")
     return choices
 
 
-def _real(pipe: "DiffusionPipeline", choices: "list[LayerChoice]", attention: str | None) -> dict[str, str]:
+def _check_two(pipe: "DiffusionPipeline", bits: float | None, qat_minutes: float | None) -> None:
+    """Raise ValueError for a mixture, or training, of a pipeline with two networks: both look at one network alone."""
+    from diffusion_opt.subjects import denoisers
+
+    networks = denoisers(pipe)
+    for flag, value in (("--bits", bits), ("--qat-minutes", qat_minutes)):
+        if value is not None and len(networks) > 1:
+            raise ValueError(
+                f"{flag} serves pipelines with one denoising network, {type(pipe).__name__} has {', '.join(networks)}: "
+                "take one --format, and keep the worst layers with --skip"
+            )
+
+
+def _shared(formats: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """The format of each layer by its name, the same in all networks, as `PTQ(layers=…)` takes them."""
+    first, *others = formats.values()
+    if any(other != first for other in others):
+        raise ValueError(f"the networks {', '.join(formats)} differ in which layers can be quantized: use PTQ(format)")
+    return dict(first)
+
+
+def _flat(named: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """By the names of the report: those of the layers, behind that of their network where there are several."""
+    return {
+        f"{network}.{name}" if len(named) > 1 else name: value
+        for network, own in named.items()
+        for name, value in own.items()
+    }
+
+
+def _real(
+    pipe: "DiffusionPipeline", choices: "Mapping[str, list[LayerChoice]]", attention: str | None
+) -> dict[str, dict[str, str]]:
     """Put the CPU's INT8 kernel on, and attention if asked to; name the layers."""
     from diffusion_opt.quantization import DynamicInt8
     from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention
 
-    kept = tuple(re.escape(choice.name) for choice in choices if not choice.quantized)
+    formats = {name: {choice.name: REAL for choice in own if choice.quantized} for name, own in choices.items()}
+    _shared(formats)
+    first = next(iter(choices.values()))
+    kept = tuple(re.escape(choice.name) for choice in first if not choice.quantized)
     DynamicInt8(min_width=0, skip=kept, reversible=False).apply(pipe)
     if attention is not None:
         LowPrecisionAttention(attention).apply(pipe)
-    return {choice.name: REAL for choice in choices if choice.quantized}
+    return formats
 
 
 def _formats(
     pipe: "DiffusionPipeline",
-    choices: "list[LayerChoice]",
+    choices: "Mapping[str, list[LayerChoice]]",
     format: tuple[str, ...],
     bits: float | None,
     seed: int,
     run: "Run",
-) -> dict[str, str]:
-    """One format for every layer, or the best mixture of this size; prints what each layer minds."""
-    chosen = {choice.name: (choice.name,) for choice in choices if choice.quantized}
+) -> dict[str, dict[str, str]]:
+    """By network: one format for every layer, or the best mixture of this size; prints what each layer minds."""
+    names = {network: [choice.name for choice in own if choice.quantized] for network, own in choices.items()}
     if bits is None:
-        return dict.fromkeys(chosen, format[0])
+        return {network: dict.fromkeys(own, format[0]) for network, own in names.items()}
     import torch
 
     from diffusion_opt.quantization.mixed.allocation import allocate
     from diffusion_opt.quantization.mixed.sensitivity import record_probe, sensitivity
 
     probe = record_probe(pipe, 10, torch.Generator().manual_seed(seed), run=run)
-    found = sensitivity(pipe, probe, format, groups=chosen, progress=True)
+    [(network, chosen)] = names.items()
+    found = sensitivity(pipe, probe, format, groups={name: (name,) for name in chosen}, progress=True)
     allocation = allocate(found, bits_per_weight=bits)
     print(found, allocation, sep="\n", flush=True)
-    return allocation.layers
+    return {network: allocation.layers}
 
 
 def _apply(
@@ -233,7 +272,7 @@ def _apply(
     attention: str | None,
     training: tuple[float, int, Path] | None,
     run: "Run",
-    probe: "Probe",
+    probes: "Mapping[str, Probe]",
 ) -> dict[str, float]:
     """Quantize, train if asked to (minutes, seed, folder), and pack. Returns the error before training, if any."""
     from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention
@@ -245,7 +284,7 @@ def _apply(
     errors = {}
     if training is not None:
         minutes, seed, folder = training
-        errors["before training"] = _error(pipe, probe)
+        errors["before training"] = _error(pipe, probes)
         for one in reversed(techniques):
             one.remove(pipe)
         quantization_aware(pipe, techniques, replace(QAT, minutes=minutes, seed=seed), folder, run=run)
@@ -253,9 +292,11 @@ def _apply(
     return errors
 
 
-def _error(pipe: "DiffusionPipeline", probe: "Probe") -> float:
-    """Root mean square over the probe's times."""
+def _error(pipe: "DiffusionPipeline", probes: "Mapping[str, Probe]") -> float:
+    """Root mean square over the times of all networks' probes."""
     from diffusion_opt.quantization.mixed.sensitivity import errors_by_time
+    from diffusion_opt.subjects import denoisers
 
-    errors = errors_by_time(pipe.transformer, probe)
+    networks = denoisers(pipe)
+    errors = [error for name, probe in probes.items() for error in errors_by_time(networks[name], probe)]
     return math.sqrt(sum(error**2 for error in errors) / len(errors))

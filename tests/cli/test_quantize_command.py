@@ -1,5 +1,6 @@
 """`diffusion-opt quantize`: what it writes opens with the error it reported, and clashing wishes are refused early."""
 
+import json
 import re
 from pathlib import Path
 from typing import get_args
@@ -7,8 +8,10 @@ from typing import get_args
 import pytest
 import torch
 from small_pipelines import small_pipeline
+from tiny_pipelines import tiny_pipeline, tiny_run
 
 from diffusion_opt.cli import main
+from diffusion_opt.cli.options import Asked
 from diffusion_opt.cli.quantize import REAL, UNSEEN, FormatName, quantize
 from diffusion_opt.models import TinyFlux2Config
 from diffusion_opt.quantization import FORMATS
@@ -70,6 +73,36 @@ def test_the_real_kernel_is_saved_too(tmp_path, capsys):
         < reported(text, "as saved")
         == pytest.approx(measured(str(tmp_path / "wide"), str(tmp_path / "out"), 2), abs=6e-5)
     )
+
+
+def test_both_networks_of_wan_are_quantized_and_judged(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    tiny_pipeline("wan2.2").save_pretrained("two")
+    run = tiny_run("wan2.2", 4)
+    Path("call.json").write_text(json.dumps(dict(run.arguments)))
+    asked = Asked(("a cat",), 4, height=32, width=32, num_frames=9, call=Path("call.json"))
+    quantize("two", Path("out"), asked, format=("int8_per_token",), calibrate=2, samples=1)
+    text = capsys.readouterr().out
+    assert 0 < reported(text, "as saved") < 0.1
+    assert (
+        re.search(r"transformer_2\.blocks\.0\.attn1\.to_q .* int8_per_token", text) and " transformer.blocks.0" in text
+    )
+    before, after = load("two"), load("out")
+    probe = record_probe(before, 1, torch.Generator().manual_seed(0), run=run, network="transformer_2")
+    assert max(probe) < 0.9 and 0 < max(errors_by_time(after.transformer_2, probe)) < 0.1
+
+
+def test_what_looks_at_one_network_is_refused_for_two(tmp_path, monkeypatch):
+    tiny_pipeline("wan2.2").save_pretrained(tmp_path / "two")
+    asked = Asked(("a cat",), 4, height=32, width=32, num_frames=9)
+    for wish in ({"format": ("int8", "nvfp4"), "bits": 6.0}, {"qat_minutes": 1.0}):
+        with pytest.raises(
+            ValueError, match="serves pipelines with one denoising network, WanPipeline has transformer, "
+        ):
+            quantize(str(tmp_path / "two"), tmp_path / "out", asked, **wish)
+    with pytest.raises(ValueError, match="has no denoiser 'unet'; it has transformer, transformer_2"):
+        record_probe(load(tmp_path / "two"), 1, torch.Generator(), network="unet")
 
 
 def test_every_format_has_its_name_here():

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from diffusion_opt.datasets.writing import read_json, write_json
@@ -38,6 +39,7 @@ from diffusion_opt.quantization.mixed.trajectory_points import (
     Generate,
     TrajectoryPoints,
     as_generate,
+    denoiser,
     only_denoiser,
     points_at_once,
     trajectory_points,
@@ -46,7 +48,7 @@ from diffusion_opt.quantization.mixed.trajectory_points import (
 from diffusion_opt.quantization.policy import choose
 from diffusion_opt.quantization.simulation.calibration import quiet, samples_timesteps, timestep_scale
 from diffusion_opt.quantization.simulation.simulate import simulate
-from diffusion_opt.subjects import Run
+from diffusion_opt.subjects import Run, denoisers
 
 Probe = Mapping[float, TrajectoryPoints]  # passes of the float network at each of some times in [0, 1], falling
 FLOAT = "float"  # the name of no format: the layer as it is
@@ -162,50 +164,60 @@ def record_probe(
     num_times: int = 5,
     run: Run | Generate | None = None,
     *,
+    network: str | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> dict[float, TrajectoryPoints]:
     """Passes of the float network while it generates: `num_times` of the times it visits, evenly spaced, both ends.
 
-    A first sample tells which times are visited, so that of the others only the chosen passes are ever held. Raises
+    A first sample tells which times are visited, so that of the others only the chosen passes are ever held. `network`
+    names the transformer of a pipeline that has two, each with times of its own. Raises
     ValueError for counts below 1, for a transformer that is not told the time of each sample, and once the probe would
     be larger than `max_bytes`.
     """
     if num_samples < 1 or num_times < 1:
         raise ValueError(f"num_samples and num_times must be 1 or more, got {num_samples} and {num_times}")
-    visited = _visited(pipe, run)
+    visited, largest = _visited(pipe, run, network)
     picked = visited[torch.linspace(0, len(visited) - 1, min(num_times, len(visited))).round().long()]
 
     def keep(given: Mapping[str, Any]) -> bool:
         return bool(torch.isin(samples_timesteps(given["timestep"]), picked).any())
 
-    points = trajectory_points(pipe, num_samples, generator, run, keep=keep, max_bytes=max_bytes)
+    points = trajectory_points(pipe, num_samples, generator, run, keep=keep, network=network, max_bytes=max_bytes)
     if "timestep" not in points.rows:
-        raise ValueError(f"{type(pipe.transformer).__name__} is not given a timestep for each sample")
+        raise ValueError(f"{type(denoiser(pipe, network)).__name__} is not given a timestep for each sample")
     timesteps = samples_timesteps(points.arguments["timestep"])
-    scale = timestep_scale(pipe, float(visited[0]))
+    scale = timestep_scale(pipe, largest)
     return {float(one.double() / scale): points[timesteps == one] for one in picked}
 
 
-def _visited(pipe: DiffusionPipeline, run: Run | Generate | None) -> Tensor:
-    """The timesteps that one sample visits, falling."""
-    transformer = only_denoiser(pipe)
-    signature, seen = inspect.signature(type(transformer).forward), []
+def _visited(pipe: DiffusionPipeline, run: Run | Generate | None, network: str | None) -> tuple[Tensor, float]:
+    """The timesteps at which a network computes while one sample is made, falling, and the largest of all networks."""
+    chosen, seen = denoiser(pipe, network), {}
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        timestep = signature.bind(module, *args, **kwargs).arguments.get("timestep")
-        if not isinstance(timestep, Tensor):
-            raise ValueError(f"{type(transformer).__name__} is not given a timestep for each sample")
-        seen.append(samples_timesteps(timestep))
+    def watch(transformer: nn.Module) -> RemovableHandle:
+        signature = inspect.signature(type(transformer).forward)
 
-    handle = transformer.register_forward_pre_hook(note, with_kwargs=True)
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            timestep = signature.bind(module, *args, **kwargs).arguments.get("timestep")
+            if not isinstance(timestep, Tensor):
+                raise ValueError(f"{type(transformer).__name__} is not given a timestep for each sample")
+            seen.setdefault(module, []).append(samples_timesteps(timestep))
+
+        return transformer.register_forward_pre_hook(note, with_kwargs=True)
+
+    handles = [watch(transformer) for transformer in denoisers(pipe).values()]
     try:
         with torch.no_grad(), quiet(pipe):
             as_generate(run)(pipe, 1, torch.Generator(pipe.device).manual_seed(0))
     finally:
-        handle.remove()
-    if not seen:
-        raise ValueError(f"this {type(pipe).__name__} generated without a pass of its transformer")
-    return torch.cat(seen).unique().flip(0)
+        for handle in handles:
+            handle.remove()
+    if chosen not in seen:
+        raise ValueError(
+            f"this {type(pipe).__name__} generated without a pass of its {network or 'transformer'}"
+            + ("" if network is None else ": take more steps, so that each network has some")
+        )
+    return torch.cat(seen[chosen]).unique().flip(0), float(max(one.max() for ones in seen.values() for one in ones))
 
 
 def errors_by_time(transformer: nn.Module, probe: Probe) -> tuple[float, ...]:

@@ -54,10 +54,20 @@ def only_denoiser(pipe: DiffusionPipeline) -> nn.Module:
     if len(networks) > 1:
         raise ValueError(
             f"this {type(pipe).__name__} has two transformers ({', '.join(networks)}), each for its own part of the "
-            "times: points, sensitivity and training are made for pipelines with one. PTQ, pack, W8A8 and DynamicInt8 "
-            "act on both"
+            "times: name one, or use what acts on both: PTQ, pack, W8A8 and DynamicInt8. Mixtures of formats and "
+            "training are made for pipelines with one"
         )
     return next(iter(networks.values()))
+
+
+def denoiser(pipe: DiffusionPipeline, network: str | None) -> nn.Module:
+    """One denoiser by its name, or the only one. Raises ValueError as `only_denoiser`, and for a wrong name."""
+    if network is None:
+        return only_denoiser(pipe)
+    networks = denoisers(pipe)
+    if network not in networks:
+        raise ValueError(f"this {type(pipe).__name__} has no denoiser {network!r}; it has {', '.join(networks)}")
+    return networks[network]
 
 
 def as_generate(run: Run | Generate | None) -> Generate:
@@ -86,14 +96,16 @@ def trajectory_points(
     run: Run | Generate | None = None,
     *,
     keep: Callable[[dict[str, Any]], bool] | None = None,
+    network: str | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> TrajectoryPoints:
     """The passes of the pipeline's transformer while it generates `number` samples, without gradient.
 
-    All of them, or those whose arguments `keep` says yes to. Raises ValueError for a pipeline with two transformers, if
-    it makes no pass, if passes cannot be stacked, and once what is kept exceeds `max_bytes`.
+    All of them, or those whose arguments `keep` says yes to. `network` names the transformer of a pipeline with two.
+    Raises ValueError for a pipeline with two of them and no name, if the one makes no pass, if passes cannot be
+    stacked, and once what is kept exceeds `max_bytes`.
     """
-    transformer = only_denoiser(pipe)
+    transformer = denoiser(pipe, network)
     signature = inspect.signature(type(transformer).forward)
     calls: list[tuple[dict[str, Any], tuple[Tensor, ...]]] = []
     held = 0
@@ -119,7 +131,7 @@ def trajectory_points(
     finally:
         handle.remove()
     if not calls:
-        raise ValueError(f"this {type(pipe).__name__} generated without a pass of its transformer")
+        raise ValueError(f"this {type(pipe).__name__} generated without a pass of its {network or 'transformer'}")
     return _stacked(calls)
 
 

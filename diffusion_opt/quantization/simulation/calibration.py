@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 from diffusers import DiffusionPipeline
-from jaxtyping import Float
+from jaxtyping import Num
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -67,7 +67,7 @@ def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
         pipe.set_progress_bar_config(**shown)
 
 
-def samples_timesteps(timestep: Float[Tensor, "*s"]) -> Float[Tensor, " b"]:
+def samples_timesteps(timestep: Num[Tensor, "*s"]) -> Num[Tensor, " b"]:
     """The timestep of each sample of a pass, as the transformer is told it; of times for each token the noisiest."""
     return timestep.reshape(len(timestep), -1).amax(1) if timestep.ndim else timestep.reshape(1)
 
