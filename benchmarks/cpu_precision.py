@@ -78,7 +78,7 @@ class Cast(nn.Module):
 
 
 class IntProduct(nn.Module):
-    """`torch._int_mm` with one activation scale a token."""
+    """`torch._int_mm` with one activation scale per token."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -87,7 +87,7 @@ def generation(model: str, steps: int) -> list[dict[str, Any]]:
 
 
 def streaming(model: str, steps: int) -> dict[str, Any]:
-    """A stream of pictures in which a patch moves; as many network evaluations a frame as the run has steps."""
+    """A stream of pictures in which a patch moves; as many network evaluations per frame as the run has steps."""
     pipe = opened(model)
     background, top, size = SCENES[STREAM_SCENE]
     images, prompts = background()

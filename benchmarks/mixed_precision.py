@@ -53,7 +53,7 @@ def wildcards(format: Format) -> dict[str, Any]:
 
 
 def auto_quantized(transformer: nn.Module, probe: Probe, bits: float, score: Score) -> dict[str, str]:
-    """The format that modelopt's search gives each layer, for so many bits a weight of the layers it may choose."""
+    """The format that modelopt's search gives each layer, for so many bits per weight of the layers it may choose."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from modelopt.torch.quantization import auto_quantize

@@ -33,7 +33,7 @@ SHIPPED = {
         ShippedModel("fashion-4step", "4 steps, guidance 2 distilled in", "fashion"),
         ShippedModel("fashion-4step-interval", "4 steps, guidance 2 from t = 0.3 to 0.9 distilled in", "fashion"),
         ShippedModel("fashion-4step-int8", "fashion-4step on the INT8 kernel of the CPU", "fashion", "fashion-4step"),
-        ShippedModel("fashion-4step-nvfp4", "fashion-4step in 4.5 bits a weight", "fashion", "fashion-4step"),
+        ShippedModel("fashion-4step-nvfp4", "fashion-4step in 4.5 bits per weight", "fashion", "fashion-4step"),
         ShippedModel("fashion-2step", "2 steps, guidance 2 from t = 0.3 to 0.8 distilled in", "fashion"),
         ShippedModel("fashion-1step", "1 step, guidance 2 from t = 0.3 to 0.8 distilled in", "fashion"),
         ShippedModel("fashion-micro", "Fashion-MNIST 16x16, hidden 128, 16 tokens, 1.2 M: trains in minutes"),

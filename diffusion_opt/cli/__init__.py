@@ -7,7 +7,7 @@ How it ends is told by its exit status, so that `diffusion-opt distill … && ne
     3          a training run that an alarm ended
     128 + n    stopped by signal n: 130 for Ctrl-C, 143 for `kill`, 129 for a terminal that was closed
 
-Everything is imported inside `main`, because Ctrl-C while libraries load shall end in one line too.
+Everything is imported inside `main`, because Ctrl-C while libraries load is to end in one line too.
 """
 
 import os

@@ -42,7 +42,7 @@ def generate(
         recipe: JSON file of techniques to apply first, see `diffusion_opt.Recipe`.
         out: folder for the files.
         clip: file format of clips; mp4 needs the package imageio-ffmpeg.
-        fps: frames a second of clips.
+        fps: frames per second of clips.
     """
     opening.check(model)
     asked.check(model)

@@ -75,7 +75,7 @@ def quantize(
 ) -> None:
     """Quantize the linear layers of a model's blocks, report what it costs and saves, and write the packed model.
 
-    Formats: int8, fp8 and mxfp8 have 8 bits a weight, w4a8, w4a4, nvfp4 and nvfp4_svdquant 4.5. The inputs of the
+    Formats: int8, fp8 and mxfp8 have 8 bits per weight, w4a8, w4a4, nvfp4 and nvfp4_svdquant 4.5. The inputs of the
     layers are rounded too, except with int4_weight_only. int8_smoothquant and nvfp4_svdquant move outliers to where
     they can be held, usually for a smaller error. Of all these, a CPU gets smaller weights and no speed.
     dynamic_int8 is really faster on a CPU and needs no calibration.
@@ -91,7 +91,7 @@ def quantize(
         model: shipped name, folder or hub name.
         out: new folder for the packed model.
         format: one format for all layers, or several to mix with --bits.
-        bits: average bits a weight, scales included; layers get the formats with the least error of that size.
+        bits: average bits per weight, scales included; layers get the formats with the least error of that size.
         calibrate: samples that fix the ranges of inputs.
         qat_minutes: train so long through the rounding, to the velocity of the float model; needs no data.
         attention: also compute attention with q, k, v and its weights in this format; the folder remembers it.

@@ -149,7 +149,7 @@ def distill(
         updates: optimizer steps in all, repeatable to the bit; with minutes, the first one reached.
         clock: what minutes count: wall time, or CPU time of the process.
         precision: of matrix products; bfloat16 is faster on GPUs and on CPUs with AMX, far slower on others.
-        batch_size: images a step, over all processes; default: the method's own.
+        batch_size: images per step, over all processes; default: the method's own.
         learning_rate: its peak; default: the method's own.
         guidance: guidance scale that is distilled into the student; default: the teacher's own.
         guidance_interval: times at which it counts, 1 is noise; without the noisiest ones pictures are more varied.
@@ -168,7 +168,7 @@ def distill(
         latents: safetensors FILE of real samples, "latents" and "prompts", for methods that learn from pictures.
         pictures: FOLDER of pictures with captions beside them (cat.png, cat.txt), which are then the prompts.
         dtype: in which the teacher is opened; auto: as it is stored. Class-conditional models compute in float32.
-        accumulate: micro-batches a step, over all processes.
+        accumulate: micro-batches per step, over all processes.
         shard: share whole networks in training among the processes.
         set: settings of the method's own, as name=value: --set alpha=1.2 warmup=100 gan.r1_weight=100.
         plugin: modules, or .py files, that bring methods of their own; see `diffusion_opt/plugins.py`.

@@ -36,7 +36,7 @@ class CorruptFileError(OSError):
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A place to write what `path` shall hold; it is moved there when the block ends, and removed if the block fails.
+    """A place to write what `path` is to hold; it is moved there when the block ends, and removed if the block fails.
 
     Raises OSError, naming `path`, if the disk is full or cannot be written to; `path` is then as it was.
     """

@@ -78,7 +78,7 @@ class Measurement:
     peak_memory_bytes: int | None  # rise during a call; None where the system cannot tell
     weight_bytes: int
     nfe: int  # transformer passes a call
-    macs: int  # multiply-accumulates an image, mean over a call
+    macs: int  # multiply-accumulates per image, mean over a call
     quality: Quality | None  # full record of the judge "fashion", if it was asked
     protocol: Protocol
     machine: dict

@@ -163,7 +163,7 @@ def weight_bytes(module: nn.Module) -> int:
     """Bytes that the weights of a module really occupy: parameters and buffers, shared storage once, packed int8 too.
 
     A submodule with its own `weight_bytes` is believed and not entered. The packed linears of `torch.ao` count one byte
-    a weight, a float32 scale and an int32 zero point a channel, and their bias.
+    per weight, a float32 scale and an int32 zero point per channel, and their bias.
     """
     seen: set[int] = set()
     return sum(_stored(part, seen) for part in _parts(module))

@@ -3,7 +3,7 @@
 A sampler solves dx/dt = v(x, t) from t = 1 to t = 0 on a grid of times. What matters is the error per evaluation:
 
     euler               order 1, one evaluation a step: x <- x + (r - t) v(x, t)
-    heun                order 2, two evaluations a step: average of the velocities at both ends
+    heun                order 2, two evaluations per step: average of the velocities at both ends
     adams_bashforth2    order 2, one evaluation a step: extrapolates with the velocity of the step before
 
 Adams-Bashforth with uneven steps (Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, III.5), with

@@ -1,4 +1,4 @@
-"""The guidance slot of a stock FLUX.2 transformer: how far a pass shall jump, or how strongly it is guided.
+"""The guidance slot of a stock FLUX.2 transformer: how far a pass is to jump, or how strongly it is guided.
 
 A flow map u(x_t, t, r) needs a second time. FLUX.2's class has a place for it: with `guidance_embeds` a scalar g goes
 through the same sinusoids as t (both times 1000) and a small network of its own, and is added to the time embedding.

@@ -31,7 +31,7 @@ class LTX2Velocity(nn.Module):
         video_shape: tuple[int, int, int, int],
         audio_shape: tuple[int, int],
         prompts: PromptTable | None = None,
-        frame_rate: float = 24.0,  # frames a second of the decoded video
+        frame_rate: float = 24.0,  # frames per second of the decoded video
     ) -> None:
         super().__init__()
         self.transformer, self.prompts, self.frame_rate = transformer, prompts, frame_rate

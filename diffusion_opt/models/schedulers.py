@@ -2,7 +2,7 @@
 
 `FlowMatchEulerDiscreteScheduler` is first order. The two-step Adams-Bashforth formula of
 `diffusion_opt.flow.adams_bashforth2` reuses the velocity of the step before, so it is as cheap and, at equal steps,
-closer to the exact path. diffusers' `FlowMatchHeunDiscreteScheduler` is second order too but pays two evaluations a
+closer to the exact path. diffusers' `FlowMatchHeunDiscreteScheduler` is second order too but pays two evaluations per
 step. This class inherits its grid, shift and configuration, so either can stand where the other stood:
 
     pipe.scheduler = FlowMatchAdamsBashforthScheduler.from_config(pipe.scheduler.config)

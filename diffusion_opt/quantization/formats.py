@@ -1,8 +1,8 @@
 """Number formats as data: what a weight and an input become, what that costs in bits, and modelopt's words for it.
 
-    format             weights                                  inputs                          bits a weight
-    int8               INT8, a scale a channel                  INT8, one calibrated scale      8
-    int8_per_token     INT8, a scale a channel                  INT8, a scale a token           8
+    format             weights                                  inputs                          bits per weight
+    int8               INT8, a scale per channel                INT8, one calibrated scale      8
+    int8_per_token     INT8, a scale per channel                INT8, a scale per token         8
     int8_smoothquant   INT8 of W diag(s)                        INT8 of diag(1/s) x             8
     fp8                E4M3, one scale                          E4M3, one calibrated scale      8
     mxfp8              E4M3, 2^k for each 32                    the same, in each call          8.25

@@ -112,7 +112,7 @@ def record(pipe: DiffusionPipeline, run: Run) -> Recording:
         pipe(**_arguments(pipe, run, run.prompts[0], steps=2))
     if len(tape.passes) != 2:
         raise ValueError(
-            f"{type(pipe).__name__} takes {len(tape.passes) / 2:g} passes a step without guidance, not one"
+            f"{type(pipe).__name__} takes {len(tape.passes) / 2:g} passes per step without guidance, not one"
         )
     (first, output), (second, _) = tape.passes
     samples = tape.steps[: len(tape.steps) // 2]

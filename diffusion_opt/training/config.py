@@ -30,8 +30,8 @@ class TrainConfig:
     steps: int | None = None  # optimizer steps in all; repeatable to the bit
     minutes: float | None = None  # training time in all, resumed runs included
     clock: Literal["wall", "process"] = "wall"  # what minutes count; "process": CPU time, summed over threads
-    batch_size: int = 64  # images a step, over all processes
-    accumulate: int | None = None  # micro-batches a step, over all processes; None: one for each process
+    batch_size: int = 64  # images per step, over all processes
+    accumulate: int | None = None  # micro-batches per step, over all processes; None: one for each process
     sharded: tuple[str, ...] = ()  # roles whose networks several processes share (FSDP2); the others each hold whole
     learning_rate: float = 1e-3  # peak of AdamW; warm-up, constant, then linear decay over the last part
     warmup_steps: int = 100
@@ -83,7 +83,7 @@ def shared_micro_batches(batch_size: int, micro_batches: int, world_size: int) -
         raise ValueError(f"batch_size={batch_size} cannot be cut into {micro_batches} equal micro-batches")
     if micro_batches % world_size:
         raise ValueError(
-            f"{micro_batches} micro-batches a step cannot be shared evenly by {world_size} processes; start a run "
+            f"{micro_batches} micro-batches per step cannot be shared evenly by {world_size} processes; start a run "
             f"with accumulate=<a multiple of {world_size}>, or use a number of processes that divides {micro_batches}"
         )
     return micro_batches // world_size

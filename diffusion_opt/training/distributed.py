@@ -17,7 +17,7 @@ holds its networks as ever and knows nothing of processes.
 A sharded network must be called equally often on every process, since each call is a message to the others: a loss that
 draws how many passes it makes needs a form that makes all of them.
 
-What could differ between processes is agreed upon once a step: the time used, a wish to stop, logged values. So a
+What could differ between processes is agreed on once per step: the time used, a wish to stop, logged values. So a
 budget that ends, or a Ctrl-C that reaches one process alone, ends the run for all after the same step.
 """
 

@@ -156,7 +156,7 @@ class Drill:
             yield end.read_text() or "the process ended without a word"
 
     def not_finite(self, tries: int) -> Iterator[str]:
-        """A loss becomes NaN at a random step; when that is mended the run goes on from the weights before it."""
+        """A loss becomes NaN at a random step; when that is repaired the run goes on from the weights before it."""
         for _ in range(tries):
             step = self.random.randrange(CONFIG.steps)
 

@@ -171,7 +171,7 @@ def test_a_scheduler_that_calls_twice_a_step(family):
 
 
 def test_every_guidance_of_ltx2():
-    """Three passes a step of different batch, by name: one decision, anchors of each."""
+    """Three passes per step of different batch, by name: one decision, anchors of each."""
     pipe = family_pipeline("ltx2")
     put(pipe.transformer, Mask("##.#.."), pipe=pipe)
     family_sample(pipe, stg_scale=1.0, modality_scale=3.0, spatio_temporal_guidance_blocks=[2])

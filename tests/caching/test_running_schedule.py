@@ -74,7 +74,7 @@ def test_a_search_of_image_to_image_chooses_among_the_steps_that_run(tmp_path):
 
 
 def test_passes_of_further_kinds_are_searched_and_calibrated():
-    """LTX-2 as it is called by default: three passes a step, of which the first holds two halves."""
+    """LTX-2 as it is called by default: three passes per step, of which the first holds two halves."""
     pipe, run = tiny_pipeline("ltx2"), tiny_run("ltx2", num_inference_steps=4)
     found = search_schedules(pipe, run, (2,), SearchSettings(trials=0, amplify_every=0, max_gap=3), num_held_out=0)[2]
     assert found.num_computed == 2

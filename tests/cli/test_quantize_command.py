@@ -51,7 +51,7 @@ def test_what_it_writes_opens_with_the_error_it_reported(folder, capsys):
 def test_a_mixture_keeps_its_budget_and_shows_the_table(folder, capsys):
     quantize(folder, Path("out"), format=("nvfp4", "int8"), bits=6.5, calibrate=2, samples=1)
     text = capsys.readouterr().out
-    assert float(re.search(r"([0-9.]+) bits a weight", text)[1]) <= 6.5
+    assert float(re.search(r"([0-9.]+) bits per weight", text)[1]) <= 6.5
     assert "half of the squared error in nvfp4" in text and " nvfp4 " in text and " int8 " in text
 
 

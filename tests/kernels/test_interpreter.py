@@ -1,6 +1,6 @@
 """bfloat16 and float8 in the interpreter equal torch bit for bit; the repair is needed, and undone.
 
-The first tests pin down what is wrong with Triton's own interpreter. When one of them fails, Triton has mended it and
+The first tests pin down what is wrong with Triton's own interpreter. When one of them fails, Triton has repaired it and
 that part of `diffusion_opt/kernels/interpreter.py` can go.
 """
 

@@ -1,4 +1,5 @@
-"""Nothing in the repository names the machine it was made on or a package registry; its own links lead somewhere."""
+"""Nothing in the repository names the machine it was made on or a package registry; its own links lead somewhere; its
+prose uses plain words (`WORDS`, `RATE`)."""
 
 import json
 import re
@@ -92,3 +93,64 @@ def test_the_link_check_finds_a_missing_file_and_a_missing_heading(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Some Heading!\n[a](#some-heading) [b](#other) [c](none.md) [d](https://example.org) `[e](no)`\n")
     assert broken_links(page) == ["#other", "none.md"]
+
+
+# What to write in place of a word that many readers stop at. Patterns are whole words.
+WORDS = {
+    r"dear(er|est|ly)?": "expensive",
+    r"mend(s|ed|ing)?": "repair, correct",
+    r"reckon(s|ed|ing)?": "compute, count, estimate",
+    r"sick(ness|er|ly)?": "failed, broken",
+    r"bill(s|ed)?": "cost",
+    r"shall": "is to, must",
+    r"upon": "on",
+    r"thus|whence|thence|henceforth|hitherto|lest|alas|naught|nought|aught|amiss": "a word of today",
+    r"wherein|therein|herein|whereby|thereby|whereof|thereof|amongst|whilst": "a word of today",
+}
+PLAIN = re.compile("|".join(rf"\b({pattern})\b" for pattern in WORDS), re.IGNORECASE)
+MEASURES = (
+    "passes|bits|bytes?|MB|GB|ms|FLOPs?|TFLOPs|MACs|images|pictures|frames|evaluations|registers|micro-batches|cycles"
+)
+SHARED_BY = "weight|step|second|image|picture|rung|head|row|thread|sample|number|token|pass|channel|pixel|layer|block"
+RATE = re.compile(rf"\b({MEASURES})\s+an?\s+({SHARED_BY})\b")  # "bits a weight"; write "bits per weight"
+LICENSES = {"LICENSE", "data/fashion-mnist/README.md"}
+
+
+def prose(path: Path) -> str:
+    """All that a person reads in a file: of a notebook text and code of its cells, of anything else the whole."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+    return text
+
+
+def unplain(text: str) -> list[str]:
+    """Words and rates in `text` that this repository does not use, each with its line and what to write instead."""
+    found = []
+    for match in [*PLAIN.finditer(text), *RATE.finditer(text)]:
+        instead = next((new for old, new in WORDS.items() if re.fullmatch(old, match[0], re.IGNORECASE)), "per")
+        found.append(f"line {text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}: write {instead!r}")
+    return found
+
+
+def test_plain_words_and_per_for_rates():
+    files = (path for path in text_files() if path.suffix in (".py", ".md", ".ipynb") and path != Path(__file__))
+    named = ((path.relative_to(ROOT).as_posix(), path) for path in files)
+    found = [f"{name}, {word}" for name, path in named if name not in LICENSES for word in unplain(prose(path))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A dear update,\nmended.", ["line 1: 'dear': write 'expensive'", "line 2: 'mended': write 'repair, correct'"]),
+        ("4.5 bits a weight", ["line 1: 'bits a weight': write 'per'"]),
+        ("two passes\na step", ["line 1: 'passes\\na step': write 'per'"]),
+        (
+            "It takes steps a student knows; a billion; recommend; Bills of 3 GB per second",
+            ["line 1: 'Bills': write 'cost'"],
+        ),
+    ],
+)
+def test_the_word_list_finds_words_and_nothing_else(text, words):
+    assert unplain(text) == words

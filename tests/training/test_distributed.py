@@ -154,7 +154,7 @@ def test_averaged_gradients_are_those_of_torch_ddp(two):
 
 def test_the_batch_depends_on_micro_batches_and_not_on_who_computes_them():
     assert [shared_micro_batches(12, 4, world) for world in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(ValueError, match="4 micro-batches a step cannot be shared evenly by 3 processes"):
+    with pytest.raises(ValueError, match="4 micro-batches per step cannot be shared evenly by 3 processes"):
         shared_micro_batches(12, 4, 3)
     with pytest.raises(ValueError, match="batch_size=12 cannot be cut into 5 equal"):
         shared_micro_batches(12, 5, 1)

@@ -10,7 +10,7 @@ From one pass of recording come TeaCache's curve y = f(x), isotonic (`curve.py`)
 it (`polynomial.py`), MagCache's ratios, the mean of g at each step, and the step table, the mean of y at each step.
 How well x explains y is said by R^2, and the step table is the control that looks at no signal at all: where it wins, a
 fixed table of steps would serve as well as the rule. The R^2 are taken on the recorded pairs themselves, so they
-flatter; the table most, which has one free value a step.
+flatter; the table most, which has one free value per step.
 
 Decisions are taken on the first pass of a step, so what is fitted is the kind of that pass: all contexts that call the
 transformer with equal settings (arguments that are no tensors), as "cond" and "uncond" do. LTX-2 has passes of two

@@ -12,11 +12,11 @@ over the block types of FLUX.2 and LTX-2, a pattern of TaylorSeer may match no m
 silence), cache-dit may not be installed. What runs and does nothing is not refused here: its arithmetic tells.
 
 Of diffusers, PyramidAttentionBroadcast (Zhao et al. 2024, arXiv 2408.12588) and FasterCache (Lv et al. 2024, arXiv
-2410.19355) keep one state for all guidance passes. Where guidance takes two passes a step, one pass gets the attention
-of the other; they are shown as they are. FasterCache's own treatment of guidance wants both halves in one batch and
-images rather than tokens, so only its attention part can run on these pipelines. MagCache takes the ratios of our
-calibration, because its own are only printed. cache-dit (github.com/vipshop/cache-dit) runs its first `Fn` blocks at
-every step, in FLUX.2 in both stacks.
+2410.19355) keep one state for all guidance passes. Where guidance takes two passes per step, one pass gets the
+attention of the other; they are shown as they are. FasterCache's own treatment of guidance wants both halves in one
+batch and images rather than tokens, so only its attention part can run on these pipelines. MagCache takes the ratios of
+our calibration, because its own are only printed. cache-dit (github.com/vipshop/cache-dit) runs its first `Fn` blocks
+at every step, in FLUX.2 in both stacks.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """What the slots of a region cache will take, before anything runs.
 
-    slot = 2 S d_kv x bytes a number  (K and V of S tokens; d_kv summed over the attention layers)
+    slot = 2 S d_kv x bytes per number  (K and V of S tokens; d_kv summed over the attention layers)
          + S_moving (c_in + c_out) x bytes of the model's type  (input and velocity of each token that may be skipped)
 
 times the contexts (two with two-pass guidance), times the steps if the slots outlive a generation (streaming). At fp8 a
@@ -100,7 +100,7 @@ def _kv_width(layer: nn.Module) -> int:
 
 
 def slot_bytes(size: ModelSize, precision: Precision = "native", contexts: int = 1, steps: int = 1) -> int:
-    """Bytes of all slots: `contexts` passes a step, `steps` kept (1 unless streaming). Batch 1; multiply by it.
+    """Bytes of all slots: `contexts` passes per step, `steps` kept (1 unless streaming). Batch 1; multiply by it.
 
     Raises ValueError for an unknown precision or a count below 1.
     """

@@ -5,7 +5,7 @@ are kept, after normalization and rotary embedding, where they depend on nothing
 
     slot (context, step):   K_l, V_l  (b, S, h, d_h)  for each layer l;   input x and output v of each token
 
-    bytes = 2 L S h d_h x bytes a number      a slot; FLUX.2-dev at 1024^2 in bf16: see `planner.py`
+    bytes = 2 L S h d_h x bytes per number      a slot; FLUX.2-dev at 1024^2 in bf16: see `planner.py`
 
 Two options make that smaller. `precision` stores K and V in bf16 or in fp8 (e4m3, one scale for each token and head,
 amax / 448), rounded once, when they are stored. `offload` keeps them in host memory and brings one layer at a time to

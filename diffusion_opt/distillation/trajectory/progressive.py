@@ -96,7 +96,7 @@ def train_progressively(
 ) -> dict[int, TrainResult]:
     """Run the stages, for example (4, 2, 1) steps, each in `out/steps-<n>` with an equal part of the config's budget.
 
-    `student` is where the first stage starts (a copy is trained), `teacher` is guided as the students shall be. The
+    `student` is where the first stage starts (a copy is trained), `teacher` is guided as the students are to be. The
     results come by number of steps; after an interruption the last one has `finished` False, and calling again goes on.
     Raises ValueError unless each stage has half the steps of the one before.
     """

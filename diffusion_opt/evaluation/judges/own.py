@@ -4,9 +4,9 @@
     Own("clip", CLIPScore("openai/clip-vit-base-patch16"), values="bytes")
     Own("fid", FrechetInceptionDistance(feature=network, normalize=True), values="unit")
 
-A function gives a number, a dict of numbers, or one value a picture, whose mean gets a bootstrap interval. A metric is
-fed as its `update` asks: `real=` with real and generated pictures in turn, `target` with the teacher's pictures of the
-same noise, a second argument called anything with "text" with the prompts. Its result is one number or a dict.
+A function gives a number, a dict of numbers, or one value per picture, whose mean gets a bootstrap interval. A metric
+is fed as its `update` asks: `real=` with real and generated pictures in turn, `target` with the teacher's pictures of
+the same noise, a second argument called anything with "text" with the prompts. Its result is one number or a dict.
 """
 
 import copy
@@ -38,7 +38,7 @@ class Own:
     """A judge of the user's; `needs` names what it must be given of "real" and "teacher"."""
 
     name: str
-    function: Callable[..., Any]  # (pictures, prompts) -> number, dict of numbers or one value a picture; or a metric
+    function: Callable[..., Any]  # (pictures, prompts) -> number, dict of numbers or one value per picture; or a metric
     values: Values = "signed"
 
     def __post_init__(self) -> None:

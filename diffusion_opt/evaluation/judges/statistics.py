@@ -20,7 +20,7 @@ from diffusion_opt.evaluation.features import as_saved
 from diffusion_opt.evaluation.judges.judge import RESAMPLES, Number, Prompts, as_frames, mean_interval
 from diffusion_opt.evaluation.judges.real import RealPictures
 
-HIGH = 0.25  # cycles a pixel; the finest grid can carry 0.5
+HIGH = 0.25  # cycles per pixel; the finest grid can carry 0.5
 
 
 def high_frequencies(height: int, width: int) -> Bool[Tensor, "h w"]:

@@ -17,13 +17,13 @@ from diffusion_opt.lesson.checks.quantization_qat import ex_04_1, ex_04_2, ex_04
 from diffusion_opt.lesson.checks.region_cache import ex_06_1, ex_06_2, ex_06_3
 from diffusion_opt.lesson.checks.start_here import ex_00_1
 from diffusion_opt.lesson.checks.step_caching import ex_05_1, ex_05_2, ex_05_3
-from diffusion_opt.lesson.checks.trajectory_distillation import SICK_STUDENTS, ex_09_1, ex_09_2, ex_09_3
+from diffusion_opt.lesson.checks.trajectory_distillation import FAILED_STUDENTS, ex_09_1, ex_09_2, ex_09_3
 from diffusion_opt.lesson.checks.triton_attention import ex_07_1, ex_07_2, ex_07_3
 from diffusion_opt.lesson.checks.why_slow import ex_01_1, ex_01_2
 
 __all__ = [
+    "FAILED_STUDENTS",
     "SHARP_RING",
-    "SICK_STUDENTS",
     "WrongAnswerError",
     "ex_00_1",
     "ex_01_1",

@@ -30,7 +30,7 @@ def ex_11_1(answer: Answer) -> None:
         ((student_turn + updates * fake_turn) / (updates + 1), "the cost of one student update, not the mean turn"),
     )
     compare(found, student_turn + updates * fake_turn, mistakes)
-    praise("with 4 updates of the fake score it is over two thirds of the bill, the guided teacher under a tenth")
+    praise("with 4 updates of the fake score it is over two thirds of the cost, the guided teacher under a tenth")
 
 
 def ex_11_2(answer: Answer) -> None:

@@ -70,7 +70,7 @@ def ex_10_3(answer: Answer) -> None:
 
 
 def ex_10_2(answer: PlaneRun | EllipsisType | None) -> None:
-    """mended: the run "slow_fake_score" with one field changed so that the student finds all eight modes."""
+    """repaired: the run "slow_fake_score" with one field changed so that the student finds all eight modes."""
     if is_stub(answer):
         not_yet('replace(FAILURES["slow_fake_score"], …) with one of fake_updates, warmup, fake_rate')
         return

@@ -19,7 +19,7 @@ def ex_02_1(answer: Answer) -> None:
     """heun_by_hand(model, x, times): Heun's method."""
     todo = "an Euler step to the end, a second velocity there, then the same step with the mean of both"
     if _check_solver(answer, heun, 2, todo, _heun_mistakes()):
-        praise("order 2 for two evaluations a step: compare it with Euler at twice the steps")
+        praise("order 2 for two evaluations per step: compare it with Euler at twice the steps")
 
 
 def ex_02_2(answer: Answer) -> None:

@@ -19,7 +19,7 @@ def ex_03_1(answer: Answer) -> None:
     top = 2 ** (bits - 1) - 1
     mistakes = (
         (weight, "these are the weights as they were: nothing is rounded yet"),
-        (_rounded(weight, whole, top), "this is one scale for the whole matrix; each row shall have its own"),
+        (_rounded(weight, whole, top), "this is one scale for the whole matrix; each row has its own"),
         (_rounded(weight, columns, top), "these are scales of columns: a row is an output, so look along axis 1"),
         (_rounded(weight, rows, top + 1), "with 2^(bits - 1) the largest number has no code: codes end one below it"),
         (
@@ -47,7 +47,7 @@ def ex_03_2(answer: Answer) -> None:
     branch = 16 * rank * (rows + columns) / (rows * columns)
     mistakes = (
         (bits, "these are the codes alone: their scales and the branch have to be stored too"),
-        (bits + scales, "the branch is missing: B is rows x rank and A is rank x columns, 16 bits a number"),
+        (bits + scales, "the branch is missing: B is rows x rank and A is rank x columns, 16 bits per number"),
         (bits + branch, f"the scales are missing: one of {scale_bits} bits for each {block} weights"),
         (bits + scales + branch / 16, "a number of the branch has 16 bits"),
         (bits + scales + 16 * rank / rows, "the branch has two factors: B is rows x rank and A is rank x columns"),
@@ -82,7 +82,7 @@ def ex_03_3(answer: Answer) -> None:
         (_moved(x, *sizes, 1 - alpha), "alpha belongs to the inputs, 1 - alpha to the weights: 1 would move all of it"),
         (x / sizes[0] ** alpha, "the weight's sizes are missing: what is large there already should not grow more"),
         (x / sizes[0], "this moves everything, as alpha = 1 would: the weights get all of the outliers"),
-        (x * sizes[1] ** (1 - alpha), "the inputs' sizes are missing: it is their outliers that shall move"),
+        (x * sizes[1] ** (1 - alpha), "the inputs' sizes are missing: it is their outliers that are to move"),
         (x, "nothing has moved"),
         (x / (sizes[0] / sizes[1]) ** alpha, "the exponent of the weight's size is 1 - alpha"),
         (

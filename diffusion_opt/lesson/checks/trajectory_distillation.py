@@ -11,7 +11,7 @@ from diffusion_opt.distillation.trajectory.flow_map import hop_target
 from diffusion_opt.lesson.checks.answers import Answer, WrongAnswerError, called, compare, is_stub, not_yet, praise
 
 CAUSES = {"A": "frozen_hop", "B": "starved_end", "C": "coarse_hop"}
-SICK_STUDENTS = {name: FAILURES[cause] for name, cause in CAUSES.items()}
+FAILED_STUDENTS = {name: FAILURES[cause] for name, cause in CAUSES.items()}
 _SIGNS = {
     "A": "its loss is almost zero from the first step, and yet its points are far off: what can it learn from?",
     "B": "with four jumps it is right, with one it is not: which jump is it that it does not know?",
@@ -69,7 +69,7 @@ def ex_09_2(answer: Answer) -> None:
 
 
 def ex_09_3(answer: Mapping[str, str | EllipsisType] | EllipsisType | None) -> None:
-    """diagnosis: which setting made each of the students A, B and C sick."""
+    """diagnosis: which wrong setting each of the students A, B and C was trained with."""
     if is_stub(answer) or (isinstance(answer, Mapping) and any(is_stub(cause) for cause in answer.values())):
         not_yet(f'a dict like {{"A": ..., "B": ..., "C": ...}} with three of {", ".join(sorted(CAUSES.values()))}')
         return

@@ -18,10 +18,10 @@ def weight_of(f, r):
     return second(r) * r**2
 
 
-mended = replace(FAILURES["slow_fake_score"], fake_rate=2.0)
+repaired = replace(FAILURES["slow_fake_score"], fake_rate=2.0)
 
 SOLUTIONS = {
     "ex_10_1": push,
-    "ex_10_2": mended,
+    "ex_10_2": repaired,
     "ex_10_3": weight_of,
 }

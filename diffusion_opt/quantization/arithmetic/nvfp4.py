@@ -1,4 +1,4 @@
-"""NVFP4: four bits a number, and two scales.
+"""NVFP4: four bits per number, and two scales.
 
     E2M1     0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives: all that four bits hold
     s_block  E4M3, one for each 16 neighbors:  e4m3(max|16 neighbors| / (6 g))

@@ -138,7 +138,7 @@ class DynamicInt8Linear(EightBitLinear):
 
     @property
     def weight_bytes(self) -> int:
-        """One byte a weight, a float32 scale and an int32 zero point a channel, and the bias in float32."""
+        """One byte per weight, a float32 scale and an int32 zero point per channel, and the bias in float32."""
         return self.out_features * (self.in_features + 8 + 4 * self.has_bias)
 
     def integers(self) -> Int8[Tensor, "o i"]:

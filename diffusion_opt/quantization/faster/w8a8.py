@@ -98,7 +98,7 @@ class W8A8Linear(EightBitLinear):
 
     @property
     def weight_bytes(self) -> int:
-        """One byte a weight, a float32 scale a channel, and the bias."""
+        """One byte per weight, a float32 scale per channel, and the bias."""
         return sum(tensor.nbytes for tensor in self.buffers())
 
     def dequantized_weight(self) -> Float[Tensor, "o i"]:

@@ -61,7 +61,7 @@ class Allocation:
         counts = {format: list(self.formats.values()).count(format) for format in dict.fromkeys(self.formats.values())}
         mixture = ", ".join(f"{number} in {format}" for format, number in counts.items())
         return (
-            f"{mixture}: {self.bits_per_weight:.2f} bits a weight, {self.weight_bytes:,} bytes, "
+            f"{mixture}: {self.bits_per_weight:.2f} bits per weight, {self.weight_bytes:,} bytes, "
             f"predicted error {self.predicted_error:.4f}"
         )
 

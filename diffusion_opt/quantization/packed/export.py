@@ -102,8 +102,8 @@ def load_published(
 ) -> nn.Module:
     """A transformer with packed layers from a published checkpoint; `config` is the folder of its configuration.
 
-    diffusers reads it, whatever its names are. Inputs of FP8 layers get a scale a token, as on a GPU. Raises ValueError
-    for a file without quantized layers or with layers of another shape than the configuration's.
+    diffusers reads it, whatever its names are. Inputs of FP8 layers get a scale per token, as on a GPU. Raises
+    ValueError for a file without quantized layers or with layers of another shape than the configuration's.
     """
     file = Path(file)
     _check_class(transformer_class)

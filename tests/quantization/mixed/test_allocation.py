@@ -101,7 +101,7 @@ def test_what_is_sensitive_keeps_its_bits():
     one = table([(0.01, 0.001, 0.0005), (0.9, 0.1, 0.05), (0.01, 0.001, 0.0005)])
     found = allocate(one, bits_per_weight=7, keep_float=False)
     assert found.formats["layer1"] == "int8" and found.formats["layer2"] == "nvfp4"
-    assert str(found).startswith("2 in int8, 1 in nvfp4: 6.31 bits a weight, 3,028 bytes, predicted error 0.05")
+    assert str(found).startswith("2 in int8, 1 in nvfp4: 6.31 bits per weight, 3,028 bytes, predicted error 0.05")
     assert found.weight_bytes == math.ceil(found.weight_bits / 8)
 
 

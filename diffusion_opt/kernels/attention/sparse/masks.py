@@ -175,7 +175,7 @@ def sliding_tile(tiles: TokenTiles, window: tuple[int, int, int]) -> BlockMask:
 def radial(num_frames: int, frame_tokens: int, block: int, decay: float = 1.0) -> BlockMask:
     """Bands around the same place in each frame, narrower with distance; every token sees its own and the first frame.
 
-    At a distance of d frames a token at place a sees places within `decay * frame_tokens / 2^floor(log2 d)`. Where that
+    At d frames of distance a token at place a sees places within `decay * frame_tokens / 2^floor(log2 d)`. Where that
     is less than a block, frames are skipped instead, every ceil(block / width)-th remains, and one block is the band. A
     tile is computed if any of its tokens is wanted. For tokens in the model's own order, frame after frame, in tiles of
     `block` x `block`. Raises ValueError for sizes that are not positive.
