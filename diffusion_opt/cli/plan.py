@@ -6,6 +6,7 @@
 Of a name of the hub only configs and tokenizers are fetched. A folder may hold no weights at all.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,15 @@ from diffusion_opt.cli.options import ASKED, OPENING, Asked, Model, Opening, che
 from diffusion_opt.names import SHIPPED
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from diffusion_opt.subjects.plan import Plan
 
 
 def plan(model: Model, asked: Asked = ASKED, opening: Opening = OPENING) -> None:
-    """Say how many bytes the weights of each part take, and what a pass and a generation cost.
+    """Say how many bytes the weights of each part take, what a pass and a generation cost, and what caches would keep.
 
-    The pipeline's own call is made on tensors without content and stopped at its first pass; that pass is counted.
+    The pipeline's own call is made on tensors without content, and the passes of its networks are counted.
 
     Args:
         model: shipped name, folder (weights are not needed) or hub name (only configs are fetched).
@@ -37,28 +40,53 @@ def plan(model: Model, asked: Asked = ASKED, opening: Opening = OPENING) -> None
         pipe = plans.skeleton(folder)
         run = asked.run(pipe)
         found = plans.plan(pipe, run, dtype)
-    for line in lines(found, run.num_inference_steps or 1, run.batch_size):
+    for line in (*lines(found, run.batch_size), *kept(found, pipe)):
         print(line)
 
 
-def lines(found: "Plan", steps: int, batch_size: int) -> list[str]:
+def lines(found: "Plan", batch_size: int) -> list[str]:
     """The plan in words."""
     name = str(found.dtype).removeprefix("torch.")
     said = [f"weights in {name}"]
     for part, size in sorted(found.weight_bytes.items(), key=lambda item: -item[1]):
         said.append(f"  {part:18s} {_size(size):>10s}  {found.parameters[part]:,} parameters")
     said.append(f"  {'in all':18s} {_size(sum(found.weight_bytes.values())):>10s}")
-    first = found.first
-    shapes = ", ".join(f"{key} {tuple(shape)}" for key, shape in list(first.shapes.items())[:2])
-    passes = found.passes(steps, batch_size)
-    said += [
-        f"a pass of {first.network} ({batch_size} in a call: {shapes})",
-        f"  {'arithmetic':18s} {_count(first.macs):>10s} multiply-accumulates",
-        f"  {'activations':18s} {_size(first.activation_bytes):>10s}  most of them alive at once, attention in full",
-        f"a generation of {steps} steps",
-        f"  {'passes':18s} {passes:>10,d}  {'two a step, for guidance' if passes > steps else 'one a step'}",
-        f"  {'arithmetic':18s} {_count(passes * first.macs):>10s} multiply-accumulates of the passes alone",
+    for one in found.passes:
+        shapes = ", ".join(f"{key} {tuple(shape)}" for key, shape in list(one.shapes.items())[:2])
+        said += [
+            f"a pass of {one.network}, {one.count} of {found.num_passes} ({batch_size} in a call: {shapes})",
+            f"  {'arithmetic':18s} {_count(one.macs):>10s} multiply-accumulates",
+            f"  {'activations':18s} {_size(one.activation_bytes):>10s}  most of them alive at once, attention in full",
+        ]
+    return [
+        *said,
+        f"a generation of {found.steps} steps",
+        f"  {'passes':18s} {found.num_passes:>10,d}",
+        f"  {'arithmetic':18s} {_count(found.macs):>10s} multiply-accumulates of the passes alone",
     ]
+
+
+def kept(found: "Plan", pipe: "DiffusionPipeline") -> list[str]:
+    """What caches keep beside the weights, in words; a cache that does not know the class says so."""
+    from diffusion_opt.caching import size_of, slot_bytes
+
+    said = ["what caches keep of each step, all its passes together"]
+    if not found.anchor_bytes:
+        return [*said, f"  step and region caches do not know {type(pipe.transformer).__name__}"]
+    said.append(
+        f"  {'step cache':18s} {_size(found.anchor_bytes):>10s}  for each anchor: 1 to reuse, 2 or 3 to forecast"
+    )
+    first = found.first
+    samples, tokens, _ = next(iter(first.streams.values()))
+    text = first.shapes["encoder_hidden_states"][1] if "Flux2" in type(pipe.transformer).__name__ else 0
+    try:
+        size = replace(size_of(getattr(pipe, first.network), tokens, text), native_bytes=found.dtype.itemsize)
+    except ValueError as error:
+        return [*said, f"  {'region cache':18s} {'none':>10s}  {error}"]
+    slots = slot_bytes(size) * samples * found.num_passes // found.steps
+    said.append(
+        f"  {'region cache':18s} {_size(slots):>10s}  keys and values; of all {found.steps} steps where it streams"
+    )
     return said
 
 

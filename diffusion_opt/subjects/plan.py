@@ -1,17 +1,20 @@
-"""What a generation takes, before a weight is read: bytes of weights, arithmetic and activations of a pass.
+"""What a generation takes, before a weight is read: bytes of weights, arithmetic and activations of its passes.
 
-The pipeline is built from its configs on torch's meta device, where tensors have shapes and no content. Its own call is
-then made and stopped at the first pass of the denoising network, whose arguments it prepared as it always does, so
-sizes, text lengths and packing are the family's own. That pass runs on meta tensors too: torch's `FlopCounterMode`
-counts its multiply-accumulates, and a dispatch mode follows which tensors are alive at once. What depends on contents,
-such as a scheduler's search for a time, is never reached.
+The pipeline is built from its configs on torch's meta device, where tensors have shapes and no content, and its own
+call is made in full, so sizes, text lengths, packing and the passes of each step are the family's own. Tokens, masks
+and times keep their contents (`contents.py`), because pipelines go by them. Of passes that are given the same shapes
+one is computed: torch's `FlopCounterMode` counts its multiply-accumulates, a dispatch mode follows which tensors are
+alive at once, and its output stands for those of the others.
 """
 
 import functools
 import importlib
+import inspect
+import math
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,48 +22,64 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion_opt.models.block_stack import FAMILIES, block_stack
 from diffusion_opt.models.opening import check_code, read_index
 from diffusion_opt.models.pipeline import TinyFlux2Pipeline
+from diffusion_opt.subjects.contents import keeps, known_contents, without_contents
 from diffusion_opt.subjects.networks import denoisers
 from diffusion_opt.subjects.run import Run
-
-ENCODERS = (transformers.T5EncoderModel, transformers.UMT5EncoderModel)  # which look whether a mask masks anything
 
 
 @dataclass(frozen=True, slots=True)
 class PassPlan:
-    """What one pass of a denoising network takes, for one call's batch."""
+    """What one pass of a denoising network takes, for one call's batch, and how many such passes there are."""
 
     network: str
     macs: int  # multiply-accumulates
     activation_bytes: int  # most bytes of tensors alive at once, weights and inputs aside
     shapes: dict[str, tuple[int, ...]]  # of the tensors it is given
-    rows: int  # of its first tensor: more than the batch if guidance is batched into one pass
+    streams: dict[str, tuple[int, ...]]  # through its blocks: samples, tokens, width; none of an unknown class
+    count: int = 1  # passes of this kind in a generation
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes of each part's weights in one type, and its first pass."""
+    """Bytes of each part's weights in one type, and the passes of a generation by kind, in the order they come in."""
 
     parameters: dict[str, int]
     dtype: torch.dtype
-    first: PassPlan
-    guided: bool  # whether the call takes guidance, by its own word
+    steps: int  # that the scheduler takes
+    passes: tuple[PassPlan, ...]
 
     @property
     def weight_bytes(self) -> dict[str, int]:
         return {name: number * self.dtype.itemsize for name, number in self.parameters.items()}
 
-    def passes(self, steps: int, batch_size: int) -> int:
-        """Passes of a generation: two a step if guidance is not batched into one; further guidances come on top."""
-        apart = self.guided and self.first.rows == batch_size
-        return steps * (2 if apart else 1)
+    @property
+    def first(self) -> PassPlan:
+        return self.passes[0]
+
+    @property
+    def num_passes(self) -> int:
+        """Of all networks: guidance in a pass of its own and further guidances included."""
+        return sum(one.count for one in self.passes)
+
+    @property
+    def anchor_bytes(self) -> int:
+        """What a step cache keeps of one step: its streams, of every pass of the step."""
+        numbers = sum(one.count * math.prod(shape) for one in self.passes for shape in one.streams.values())
+        return numbers * self.dtype.itemsize // self.steps
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all passes."""
+        return sum(one.count * one.macs for one in self.passes)
 
 
 def skeleton(folder: Path) -> DiffusionPipeline:
@@ -84,74 +103,126 @@ def skeleton(folder: Path) -> DiffusionPipeline:
 
 
 def plan(pipe: DiffusionPipeline, run: Run, dtype: torch.dtype) -> Plan:
-    """The plan of a pipeline on the meta device.
+    """The plan of a pipeline on the meta device: of one call with a batch of the run.
 
-    Raises ValueError if its call looks into tensors before the first pass, so that it cannot be made without contents.
+    Raises ValueError if its call looks into tensors that only weights fill, so that it cannot be made without them.
     """
     networks = denoisers(pipe)
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in modules.items()}
-    name, given = _first_pass(pipe, networks, run)
-    first = _pass(name, networks[name], given)
-    bytes_there = first.activation_bytes * dtype.itemsize // torch.float32.itemsize
-    return Plan(parameters, dtype, replace(first, activation_bytes=bytes_there), _guided(pipe))
+    steps, counted = _counted(pipe, networks, run)
+    width = dtype.itemsize / torch.float32.itemsize
+    passes = [replace(one, activation_bytes=round(width * one.activation_bytes)) for one in counted]
+    return Plan(parameters, dtype, steps, tuple(passes))
 
 
-class _Reached(Exception):
-    """The first pass, with its arguments."""
-
-
-def _first_pass(pipe: DiffusionPipeline, networks: Mapping[str, nn.Module], run: Run) -> tuple[str, tuple]:
-    """Which network computes first, and with which arguments."""
-
-    def stop(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple, settings: dict[str, Any]) -> None:
-            raise _Reached(name, arguments, settings)
-
-        return hook
-
-    times = pipe.scheduler.set_timesteps
-
-    @functools.wraps(times)
-    def on_cpu(*arguments: Any, **settings: Any) -> None:  # a loop over times asks for their values
-        times(*arguments, **{**settings, **({"device": "cpu"} if "device" in settings else {})})
-
-    pipe.scheduler.set_timesteps = on_cpu
-    texts = [part for part in pipe.components.values() if isinstance(part, ENCODERS)]
-    hooks = [part.register_forward_pre_hook(_without_masks, with_kwargs=True) for part in texts]
-    hooks += [net.register_forward_pre_hook(stop(name), with_kwargs=True) for name, net in networks.items()]
+def _counted(pipe: DiffusionPipeline, networks: Mapping[str, nn.Module], run: Run) -> tuple[int, list[PassPlan]]:
+    """The steps of one call, and its passes by kind."""
+    found: dict[str, tuple[PassPlan, Any]] = {}
+    for name, network in networks.items():
+        network.forward = _counting(name, network, found)
     try:
-        pipe(**run.call(range(run.batch_size)), output_type="latent")
-    except _Reached as reached:
-        name, arguments, settings = reached.args
-        return name, (arguments, settings)
+        with known_contents(), _stepping(pipe.scheduler) as steps:
+            pipe(**run.call(range(run.batch_size)), output_type="latent")
     except (RuntimeError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{type(pipe).__name__} looks into tensors before its first pass ({first})") from error
+        where = f"after {sum(one.count for one, _ in found.values())} passes" if found else "before its first pass"
+        raise ValueError(
+            f"{type(pipe).__name__} looks into tensors {where}, and without weights they have no content "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     finally:
-        del pipe.scheduler.set_timesteps
-        for hook in hooks:
-            hook.remove()
-    raise ValueError(f"{type(pipe).__name__} made no pass of {', '.join(networks)}")
+        for network in networks.values():
+            del network.forward
+    if not found or not steps:
+        raise ValueError(f"{type(pipe).__name__} made {len(steps)} steps and no pass of {', '.join(networks)}")
+    return len(steps), [one for one, _ in found.values()]
 
 
-def _without_masks(module: nn.Module, arguments: tuple, settings: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a text encoder without its masks: it would look whether they mask anything."""
-    first, others = arguments[:1], arguments[1:]
-    kept = tuple(None if isinstance(value, Tensor) else value for value in others)
-    return (*first, *kept), {name: None if name == "attention_mask" else value for name, value in settings.items()}
+@contextmanager
+def _stepping(scheduler: SchedulerMixin) -> Iterator[list[int]]:
+    """The steps that a scheduler takes in this block, and not its copies; times are on the CPU, where loops read them.
+
+    The class is exchanged, not the methods of the instance, because LTX-2 copies its scheduler for the sound.
+    """
+    taken: list[int] = []
+    own = type(scheduler)
+
+    @functools.wraps(own.set_timesteps)
+    def set_timesteps(self: SchedulerMixin, *arguments: Any, **settings: Any) -> None:
+        on_cpu = {"device": "cpu"} if "device" in settings else {}
+        own.set_timesteps(self, *arguments, **(settings | on_cpu))
+
+    @functools.wraps(own.step)
+    def step(self: SchedulerMixin, *arguments: Any, **settings: Any) -> Any:
+        if self is scheduler:
+            taken.append(len(taken))
+        return own.step(self, *arguments, **settings)
+
+    scheduler.__class__ = type(own.__name__, (own,), {"set_timesteps": set_timesteps, "step": step})
+    try:
+        yield taken
+    finally:
+        scheduler.__class__ = own
 
 
-def _pass(name: str, network: nn.Module, given: tuple[tuple, dict[str, Any]]) -> PassPlan:
-    arguments, settings = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), given)
+def _counting(name: str, network: nn.Module, found: dict[str, tuple[PassPlan, Any]]) -> Callable[..., Any]:
+    """The forward of a network that computes one pass of each kind; its output stands for those of the others."""
+    forward = network.forward
+
+    @functools.wraps(forward)
+    def count(*arguments: Any, **settings: Any) -> Any:
+        kind = _kind(name, arguments, settings)
+        if kind in found:
+            one, output = found[kind]
+            found[kind] = replace(one, count=one.count + 1), output
+        else:
+            with _watched(network) as streams:
+                one, output = _pass(name, forward, arguments, settings)
+            found[kind] = replace(one, streams=streams), output
+        return found[kind][1]
+
+    return count
+
+
+@contextmanager
+def _watched(network: nn.Module) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The shapes of the streams that enter the blocks during a pass in this block; none of an unknown class."""
+    found: dict[str, tuple[int, ...]] = {}
+    if not isinstance(network, tuple(FAMILIES)):
+        yield found
+        return
+    stack = block_stack(network)
+    signature = inspect.signature(type(stack.blocks[0]).forward)
+
+    def note(block: nn.Module, arguments: tuple, settings: dict[str, Any]) -> None:
+        given = dict(signature.bind(block, *arguments, **settings).arguments)
+        found.update({name: tuple(stream.shape) for name, stream in stack.entering(given).items()})
+
+    handle = stack.blocks[0].register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _kind(name: str, arguments: tuple, settings: dict[str, Any]) -> str:
+    """What passes that take the same have in common: the network, shapes, and everything that is no tensor."""
+    stated = tree_map_only(Tensor, lambda tensor: (tuple(tensor.shape), tensor.dtype), (arguments, settings))
+    return f"{name} {stated}"
+
+
+def _pass(name: str, forward: Callable[..., Any], arguments: tuple, settings: dict[str, Any]) -> tuple[PassPlan, Any]:
+    """One pass, counted, and its output; what it is given that is large loses its contents."""
+    arguments, settings = tree_map_only(
+        Tensor, lambda tensor: tensor if keeps(tensor) else without_contents(tensor), (arguments, settings)
+    )
     tensors = {key: value for key, value in settings.items() if isinstance(value, Tensor)}
     tensors |= {f"input {place}": value for place, value in enumerate(arguments) if isinstance(value, Tensor)}
     alive = _Alive()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, alive:
-        network(*arguments, **settings)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, alive, known_contents():
+        output = forward(*arguments, **settings)
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    rows = next((shape[0] for shape in shapes.values() if len(shape) > 1), 1)
-    return PassPlan(name, counter.get_total_flops() // 2, alive.peak, shapes, rows)
+    return PassPlan(name, counter.get_total_flops() // 2, alive.peak, shapes, {}), output
 
 
 class _Alive(TorchDispatchMode):
@@ -203,7 +274,3 @@ def _part(folder: Path, name: str, library: str, kind: str) -> Any:
         config = found.config_class.from_pretrained(folder / name, local_files_only=True)
         config._attn_implementation = "eager"  # the others look whether a mask masks anything
         return found(config).eval()
-
-
-def _guided(pipe: DiffusionPipeline) -> bool:
-    return bool(getattr(pipe, "do_classifier_free_guidance", False))
