@@ -13,6 +13,7 @@ MISTAKES = [
     ("ex_12_1", ("dynamic_int8", "ptq"), "both change the weights"),
     ("ex_12_1", ("student", "tea_cache"), "compete and do not conflict"),
     ("ex_12_1", ("solver", "tea_cache"), "solver and the cache are different factors"),
+    ("ex_12_1", ("solver", "student"), "as the cell above shows"),
     ("ex_12_1", ("student", "magic"), "no technique 'magic'"),
     ("ex_12_2", lambda macs, rate, new, new_rate, overhead: macs / rate / (new / new_rate), "overhead is missing"),
     ("ex_12_2", lambda macs, rate, new, new_rate, overhead: macs / new, "MACs alone"),
@@ -72,7 +73,7 @@ def test_something_else_than_asked_for_is_explained(name, wrong, hint):
 
 
 def test_the_order_of_the_two_names_does_not_matter(capsys):
-    checks.ex_12_1(("solver", "student"))
+    checks.ex_12_1(("scheduled_cache", "solver"))
     assert capsys.readouterr().out.startswith("correct: ")
 
 
@@ -86,7 +87,7 @@ def test_any_recipe_that_saves_enough_passes(recipe, capsys):
 
 
 def test_the_pair_that_conflicts_is_the_one_that_the_pipeline_refuses():
-    """The check's answer, found by trial: every other pair of different kinds is taken."""
+    """The lesson's own example, found by trial: every other pair without calibrated techniques is taken."""
     refused = load("fashion")
     with pytest.raises(ValueError, match="distilled for its own steps"):
         Recipe((Student("fashion-4step"), Solver(8))).apply(refused)

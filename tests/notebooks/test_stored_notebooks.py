@@ -63,7 +63,13 @@ def test_a_stub_is_open_and_says_so(tool, path, capsys):
         source = sources[0] + "\n" + stub
         linecache.cache[path.name] = (len(source), None, source.splitlines(keepends=True), path.name)  # Triton reads it
         exec(compile(source, path.name, "exec"), {})
-        assert capsys.readouterr().out.startswith("not yet: "), stub
+        assert capsys.readouterr().out == "not yet\n", stub
+
+
+@EACH
+def test_what_is_stored_under_an_exercise_gives_nothing_away(tool, path):
+    stubs = [cell for cell in cells(tool, path, "code") if re.search(r"^checks\.ex_", cell.source, flags=re.MULTILINE)]
+    assert [[output.get("text") for output in cell.outputs] for cell in stubs] == [["not yet\n"]] * len(stubs)
 
 
 @EACH

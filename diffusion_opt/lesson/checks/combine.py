@@ -21,7 +21,7 @@ CALIBRATED = {
 def ex_12_1(answer: tuple[str, str] | EllipsisType | None) -> None:
     """conflict: two techniques of different kinds that a recipe may hold and the shipped pipelines refuse together."""
     if is_stub(answer):
-        not_yet('name two techniques, such as ("student", "dynamic_int8"); the cells above print what refuses')
+        not_yet()
         return
     if not isinstance(answer, tuple | list | set | frozenset) or len(answer) != 2:
         raise WrongAnswerError(f"a pair of two names is asked for, got {answer!r}")
@@ -39,10 +39,14 @@ def ex_12_1(answer: tuple[str, str] | EllipsisType | None) -> None:
             "nothing to skip; the pipeline takes them all the same"
         )
     if set(answer) == {"student", "solver"}:
-        praise("a student learned jumps between its own times; another solver would ask it for steps it never saw")
-        return
+        raise WrongAnswerError(
+            "a pipeline refuses these, as the cell above shows: a student learned jumps between its own times. Find "
+            "another pair, with something that was calibrated or searched on one run"
+        )
     if {"student", "solver"} & set(answer) and CALIBRATED & set(answer):
-        praise("what was calibrated or searched on one run says nothing about another, so it refuses another run")
+        praise(
+            answer, "what was calibrated or searched on one run says nothing about another, so it refuses another run"
+        )
         return
     raise WrongAnswerError(f"the {first.name} and the {second.name} are different factors, and the pipeline takes both")
 
@@ -50,8 +54,7 @@ def ex_12_1(answer: tuple[str, str] | EllipsisType | None) -> None:
 def ex_12_2(answer: Answer) -> None:
     """predicted_speedup(macs, rate, new_macs, new_rate, overhead_s): from arithmetic, its rates and the overhead."""
     macs, rate, new_macs, new_rate, overhead = 12e9, 4e10, 0.15e9, 6e10, 5e-4
-    todo = "time is overhead_s + macs / rate, before and after; return the time before over the time after"
-    found = called(answer, (macs, rate, new_macs, new_rate, overhead), todo)
+    found = called(answer, (macs, rate, new_macs, new_rate, overhead))
     if found is None:
         return
     before, after = macs / rate, new_macs / new_rate
@@ -65,13 +68,13 @@ def ex_12_2(answer: Answer) -> None:
         (overhead + before / after, "seconds and a ratio cannot be added: add the overhead to both times"),
     )
     compare(found, (overhead + before) / (overhead + after), mistakes)
-    praise(f"the arithmetic promised {before / after:.0f} times here, the overhead leaves {found:.0f}")
+    praise(answer, f"the arithmetic promised {before / after:.0f} times here, the overhead leaves {found:.0f}")
 
 
 def ex_12_3(answer: Recipe | EllipsisType | None) -> None:
     """my_recipe: at least 20 times less arithmetic than the teacher, without a student."""
     if is_stub(answer):
-        not_yet("write a Recipe((...,)) from Solver, TeaCache and DynamicInt8; each guided step is two passes of 100")
+        not_yet()
         return
     if not isinstance(answer, Recipe):
         raise WrongAnswerError(f"a Recipe is asked for, Recipe((technique, ...)), got {type(answer).__name__}")
@@ -94,4 +97,4 @@ def ex_12_3(answer: Recipe | EllipsisType | None) -> None:
         if {"dynamic_int8", "ptq"} & set(names):
             hint += "; fewer bits make a MAC cheaper and not one MAC fewer"
         raise WrongAnswerError(f"{gain:.1f} times less arithmetic than the teacher, at least 20 are asked: {hint}")
-    praise(f"{gain:.1f} times less arithmetic; add it to LADDER and see what its pictures are worth")
+    praise(answer, f"{gain:.1f} times less arithmetic; add it to LADDER and see what its pictures are worth")

@@ -11,8 +11,7 @@ from diffusion_opt.lesson.checks.answers import Answer, WrongAnswerError, called
 def ex_11_1(answer: Answer) -> None:
     """passes_for_update(teacher_passes, fake_updates): DMD2's cost of one student update, per sample, in passes."""
     teacher, updates = 1, 7
-    todo = "add up the student's turn (forward 1, backward 2, the teacher, the fake score) and the fake score's turns"
-    found = called(answer, (teacher, updates), todo)
+    found = called(answer, (teacher, updates))
     if found is None:
         return
     student_turn, fake_turn = 3 + teacher + 1, 4
@@ -30,14 +29,15 @@ def ex_11_1(answer: Answer) -> None:
         ((student_turn + updates * fake_turn) / (updates + 1), "the cost of one student update, not the mean turn"),
     )
     compare(found, student_turn + updates * fake_turn, mistakes)
-    praise("with 4 updates of the fake score it is over two thirds of the cost, the guided teacher under a tenth")
+    praise(
+        answer, "with 4 updates of the fake score it is over two thirds of the cost, the guided teacher under a tenth"
+    )
 
 
 def ex_11_2(answer: Answer) -> None:
     """extrapolate(seconds, distances, at): the power law through points, at another budget."""
     seconds, distances, at = [10.0, 20.0, 40.0, 100.0], [9.0, 5.0, 5.5, 3.0], 400.0
-    todo = "a power law is a line between log(seconds) and log(distance): fit it by least squares, go to `at`, undo log"
-    found = called(answer, (seconds, distances, at), todo)
+    found = called(answer, (seconds, distances, at))
     if found is None:
         return
     x, y = (torch.tensor(values, dtype=torch.float64) for values in (seconds, distances))
@@ -58,14 +58,13 @@ def ex_11_2(answer: Answer) -> None:
     if isinstance(found, Tensor) and found.numel() == 1:
         found = found.reshape(())
     compare(found, expected, mistakes)
-    praise("two numbers from three points leave little to check them by: the row held back below is the check")
+    praise(answer, "two numbers from three points leave little to check them by: the row held back below is the check")
 
 
 def ex_11_3(answer: Answer) -> None:
     """breakeven(training_s, teacher_s, student_s): from how many pictures on the student has paid."""
     training, teacher, student = 600.0, 0.25, 0.011
-    todo = "each picture saves teacher_s - student_s; how many of them make up for training_s?"
-    found = called(answer, (training, teacher, student), todo)
+    found = called(answer, (training, teacher, student))
     if found is None:
         return
     exact = training / (teacher - student)
@@ -83,7 +82,10 @@ def ex_11_3(answer: Answer) -> None:
     compare(found, math.ceil(exact), mistakes)
     if answer(training, 0.2, 0.3) != math.inf:
         raise WrongAnswerError("right where the student is faster; one that is slower never pays: return math.inf")
-    praise("ask the same for the teacher at its cheapest setting of the student's quality: only that one is a rival")
+    praise(
+        answer,
+        "ask the same for the teacher at its cheapest setting of the student's quality: only that one is a rival",
+    )
 
 
 def _line(x: Tensor, y: Tensor, at: float) -> Tensor:

@@ -23,8 +23,7 @@ def ex_10_1(answer: Answer) -> None:
     generator = torch.Generator().manual_seed(2)
     x, x_t, v_teacher, v_fake = torch.randn(4, 3, 1, 2, 5, generator=generator, dtype=torch.float64)
     t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
-    todo = "x_phi - x_T in terms of the two velocities, over the mean of |x - x_T| of each picture"
-    found = called(answer, (x, x_t, t, v_teacher, v_fake), todo)
+    found = called(answer, (x, x_t, t, v_teacher, v_fake))
     if found is None:
         return
     teacher_x, fake_x = (clean_from_velocity(x_t, v, t) for v in (v_teacher, v_fake))
@@ -46,13 +45,13 @@ def ex_10_1(answer: Answer) -> None:
         (over((x - x_t).abs().flatten(1).mean(1)), "the scale compares x with the clean prediction x_T, not with x_t"),
     )
     compare(found, right, mistakes)
-    praise("the student needs no gradient of either network: two passes without memory, and one subtraction")
+    praise(answer, "the student needs no gradient of either network: two passes without memory, and one subtraction")
 
 
 def ex_10_3(answer: Answer) -> None:
     """weight_of(f, r): h(r) = f''(r) r^2 for a function f of a number, at ratios r (B,)."""
     r = torch.tensor([0.2, 0.7, 1.0, 3.0, 8.0], dtype=torch.float64)
-    found = called(answer, (_jeffreys, r), "h(r) = f''(r) r^2; torch.func.grad and torch.func.vmap differentiate f")
+    found = called(answer, (_jeffreys, r))
     if found is None:
         return
     first, second = r.log() + 1 - 1 / r, 1 / r + 1 / r**2
@@ -66,13 +65,13 @@ def ex_10_3(answer: Answer) -> None:
         (second * r**2 / (second * r**2).mean(), "right up to scale; h itself is asked for, not scaled to mean 1"),
     )
     compare(found, second * r**2, mistakes)
-    praise("any convex f gives a divergence, and all of them have one gradient, up to this weight")
+    praise(answer, "any convex f gives a divergence, and all of them have one gradient, up to this weight")
 
 
 def ex_10_2(answer: PlaneRun | EllipsisType | None) -> None:
     """repaired: the run "slow_fake_score" with one field changed so that the student finds all eight modes."""
     if is_stub(answer):
-        not_yet('replace(FAILURES["slow_fake_score"], …) with one of fake_updates, warmup, fake_rate')
+        not_yet()
         return
     if not isinstance(answer, PlaneRun):
         raise WrongAnswerError(f"a PlaneRun is asked for, got {type(answer).__name__}")
@@ -87,7 +86,7 @@ def ex_10_2(answer: PlaneRun | EllipsisType | None) -> None:
         result = run_in_plane(answer, Path(folder), steps=STEPS)
     if result.modes < 8:
         raise WrongAnswerError(f"{result.modes} of 8 modes after {STEPS} steps. {HINTS[changed[0]](answer)}")
-    praise("what counts is how far the fake score falls behind the student, and the cheapest cure is its rate")
+    praise(answer, "what counts is how far the fake score falls behind the student, and the cheapest cure is its rate")
 
 
 def _jeffreys(r: Tensor) -> Tensor:

@@ -17,14 +17,12 @@ SHIFT_STEPS = 8
 
 def ex_02_1(answer: Answer) -> None:
     """heun_by_hand(model, x, times): Heun's method."""
-    todo = "an Euler step to the end, a second velocity there, then the same step with the mean of both"
-    if _check_solver(answer, heun, 2, todo, _heun_mistakes()):
-        praise("order 2 for two evaluations per step: compare it with Euler at twice the steps")
+    if _check_solver(answer, heun, 2, _heun_mistakes()):
+        praise(answer, "order 2 for two evaluations per step: compare it with Euler at twice the steps")
 
 
 def ex_02_2(answer: Answer) -> None:
     """adams_bashforth_by_hand(model, x, times): the two-step Adams-Bashforth method on any grid."""
-    todo = "keep the velocity and step of the step before, and use v + h / (2 h') (v - v'); the first step is Euler's"
     sign = "the sign: v - v' is how the velocity changed; it goes on changing that way, so add it"
     mistakes = (
         (_two_step(lambda h, h_old: 0.0), "this is Euler: is the velocity of the step before ever kept and used?"),
@@ -42,14 +40,14 @@ def ex_02_2(answer: Answer) -> None:
             "a 2 is missing: the factor is h / (2 h'), the middle of the coming step",
         ),
     )
-    if _check_solver(answer, adams_bashforth2, 1, todo, mistakes):
-        praise("order 2 for one evaluation a step: as cheap as Euler")
+    if _check_solver(answer, adams_bashforth2, 1, mistakes):
+        praise(answer, "order 2 for one evaluation per step: as cheap as Euler")
 
 
 def ex_02_3(answer: float | EllipsisType | None) -> None:
     """chosen_shift: a shift of the time grid that suits a sharp mixture."""
     if is_stub(answer):
-        not_yet("try shifts on both sides of 1 with the slider above and set the best as a number")
+        not_yet()
         return
     if not isinstance(answer, int | float) or isinstance(answer, bool) or not 0 < answer < math.inf:
         raise WrongAnswerError(f"a shift is a positive number (1 leaves the times even), got {answer!r}")
@@ -67,7 +65,7 @@ def ex_02_3(answer: float | EllipsisType | None) -> None:
         else:
             hint = "the right direction, but not far enough"
         raise WrongAnswerError(f"error {error:.3f} against {even:.3f} for even times; at most a third is asked. {hint}")
-    praise(f"{even / error:.1f} times less error at the same {SHIFT_STEPS} evaluations; it costs nothing")
+    praise(answer, f"{even / error:.1f} times less error at the same {SHIFT_STEPS} evaluations; it costs nothing")
 
 
 def shift_error(shift: float) -> float:
@@ -89,15 +87,13 @@ class _Counted:
         return self.model(x_t, t, condition)
 
 
-def _check_solver(
-    answer: Answer, solver: Callable, evaluations: int, todo: str, mistakes: Iterable[tuple[Callable, str]]
-) -> bool:
+def _check_solver(answer: Answer, solver: Callable, evaluations: int, mistakes: Iterable[tuple[Callable, str]]) -> bool:
     """Compare a solver and its evaluations with the package's on a smooth mixture, uneven grid; False for a stub."""
     ring = GaussianMixtureVelocity.ring(num_modes=5, radius=1.0, std=0.4)
     x = torch.randn(7, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     times = sampling_times(5, shift=2.5)
     model = _Counted(ring)
-    found = called(answer, (model, x.clone(), times), todo)
+    found = called(answer, (model, x.clone(), times))
     if found is None:
         return False
     compare(found, solver(ring, x, times), [(mistake(ring, x, times), hint) for mistake, hint in mistakes])

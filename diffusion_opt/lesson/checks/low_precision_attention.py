@@ -10,8 +10,7 @@ def ex_08_1(answer: Answer) -> None:
     generator = torch.Generator().manual_seed(1)
     q, k = torch.randn(2, 3, 5, 7, generator=generator), torch.randn(2, 3, 11, 7, generator=generator) + 1
     given, scale = k.clone(), 0.4
-    todo = "take the mean over the tokens off k, separately in each batch entry and head; the share is scale q . mean"
-    found = called(answer, (q, given, scale), todo)
+    found = called(answer, (q, given, scale))
     if found is None:
         return
     if not torch.equal(given, k):
@@ -42,7 +41,10 @@ def ex_08_1(answer: Answer) -> None:
             (share / scale, "scores are scale q . k, and so is what they lost"),
         ),
     )
-    praise("softmax ignores what all keys have in common; the log-sum-exp does not, and is put right with the share")
+    praise(
+        answer,
+        "softmax ignores what all keys have in common; the log-sum-exp does not, and is put right with the share",
+    )
 
 
 def ex_08_2(answer: Answer) -> None:
@@ -51,8 +53,7 @@ def ex_08_2(answer: Answer) -> None:
     p = torch.randn(5, 7, generator=generator).softmax(-1)
     rounded = (p * 8).round() / 8
     values, grad_out = torch.randn(7, 3, generator=generator), torch.randn(5, 3, generator=generator)
-    todo = "dP = grad_out values^T passes through the rounding unchanged; then the gradient of softmax, which is at p"
-    found = called(answer, (p, rounded, values, grad_out), todo)
+    found = called(answer, (p, rounded, values, grad_out))
     if found is None:
         return
     grad_p = grad_out @ values.mT
@@ -70,14 +71,13 @@ def ex_08_2(answer: Answer) -> None:
         (by(p, (p * grad_p).sum(0, keepdim=True)), "softmax runs along the keys, so the sum does: over the last axis"),
     )
     compare(found, by(p, exact), mistakes)
-    praise("a kernel must keep P V beside Pq V: delta comes from the one, the output from the other")
+    praise(answer, "a kernel must keep P V beside Pq V: delta comes from the one, the output from the other")
 
 
 def ex_08_3(answer: Answer) -> None:
     """window_table(tiles, width): which tiles each tile of a row of tiles attends to."""
     tiles = 9
-    todo = "the window of tile i begins at i - width // 2, moved so that it lies inside 0 … tiles"
-    found = called(answer, (tiles, 4), todo)
+    found = called(answer, (tiles, 4))
     if found is None:
         return
     if isinstance(found, torch.Tensor) and found.dtype != torch.bool:
@@ -97,7 +97,7 @@ def ex_08_3(answer: Answer) -> None:
         compare(_numbers(table), _numbers(_moved(tiles, wanted)), [(_numbers(wrong), hint) for wrong, hint in hints])
     if not torch.equal(answer(5, 12), torch.ones(5, 5, dtype=torch.bool)):
         raise WrongAnswerError("a window wider than the row is the whole row: begin at 0 then, not before it")
-    praise("every row has `width` tiles, so the density is width / tiles, and no program waits for another")
+    praise(answer, "every row has `width` tiles, so the density is width / tiles, and no program waits for another")
 
 
 def _numbers(table: object) -> object:

@@ -11,8 +11,7 @@ def ex_03_1(answer: Answer) -> None:
     weight, bits = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)), 4
     weight[2] *= 10
     weight[:, 3] *= 3
-    todo = "round weight * s and divide by s again, s = (2^(bits - 1) - 1) / largest size in the row"
-    found = called(answer, (weight.clone(), bits), todo)
+    found = called(answer, (weight.clone(), bits))
     if found is None:
         return
     rows, columns, whole = (weight.abs().amax(axes, keepdim=True) for axes in (1, 0, (0, 1)))
@@ -33,14 +32,15 @@ def ex_03_1(answer: Answer) -> None:
     compare(found, _rounded(weight, rows, top), mistakes)
     for other in (2, 8):
         compare(answer(weight.clone(), other), _rounded(weight, rows, 2 ** (other - 1) - 1), ())
-    praise("the scale of a row can be taken out of the sum over columns, so it costs one multiplication an output")
+    praise(
+        answer, "the scale of a row can be taken out of the sum over columns, so it costs one multiplication per output"
+    )
 
 
 def ex_03_2(answer: Answer) -> None:
     """bits_per_weight(rows, columns, bits, block, scale_bits, rank): with scales of blocks and a branch in 16 bits."""
     rows, columns, bits, block, scale_bits, rank = 384, 256, 4, 16, 8, 6
-    todo = "count the bits of all codes, of a scale for each block, and of the branch's numbers; divide by the weights"
-    found = called(answer, (rows, columns, bits, block, scale_bits, rank), todo)
+    found = called(answer, (rows, columns, bits, block, scale_bits, rank))
     if found is None:
         return
     scales = scale_bits / block
@@ -59,7 +59,9 @@ def ex_03_2(answer: Answer) -> None:
     )
     compare(found, bits + scales + branch, mistakes)
     compare(answer(64, 128, 8, 32, 8, 0), 8.25, ())
-    praise("the branch weighs rank / width: 32 columns are little beside a width of thousands, and much beside 256")
+    praise(
+        answer, "the branch weighs rank / width: 32 columns are little beside a width of thousands, and much beside 256"
+    )
 
 
 def ex_03_3(answer: Answer) -> None:
@@ -68,8 +70,7 @@ def ex_03_3(answer: Answer) -> None:
     weight, x, alpha = torch.randn(5, 7, generator=generator), torch.randn(11, 7, generator=generator), 0.3
     x[:, 4] *= 20
     given = (weight.clone(), x.clone())
-    todo = "s = largest |x| of a channel ^ alpha / largest |weight| of it ^ (1 - alpha); return weight * s, x / s"
-    found = called(answer, (*given, alpha), todo)
+    found = called(answer, (*given, alpha))
     if found is None:
         return
     if not (torch.equal(given[0], weight) and torch.equal(given[1], x)):
@@ -92,7 +93,9 @@ def ex_03_3(answer: Answer) -> None:
         (_moved(x, x.abs().mean(0), weight.abs().mean(0), alpha), "the largest size of a channel, not the mean"),
     )
     compare(found[1], _moved(x, *sizes, alpha), mistakes)
-    praise("s becomes part of the weight and of the norm before it, so smoothing costs nothing when the model runs")
+    praise(
+        answer, "s becomes part of the weight and of the norm before it, so smoothing costs nothing when the model runs"
+    )
 
 
 def _rounded(weight: Tensor, largest: Tensor, top: int) -> Tensor:

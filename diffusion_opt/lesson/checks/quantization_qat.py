@@ -12,9 +12,7 @@ def ex_04_1(answer: Answer) -> None:
     x = 2 * torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
     amax, bits = 1.5, 4
     leaf = x.clone().requires_grad_()
-    found = called(
-        answer, (leaf, amax, bits), "clamp x to the range, and pass what rounding adds to it through detach()"
-    )
+    found = called(answer, (leaf, amax, bits))
     if found is None:
         return
     top = 2 ** (bits - 1) - 1
@@ -39,7 +37,7 @@ def ex_04_1(answer: Answer) -> None:
     flat = "the numbers are right, but their gradient is zero everywhere: round() has none, so detach what it adds"
     through = "the gradient is 1 beyond the range too: build on the clamped x, clamp() has the right gradient"
     compare(slope, (x.abs() <= amax).float(), ((torch.zeros_like(x), flat), (torch.ones_like(x), through)))
-    praise("where a number is cut off no small move helps, and the weight behind it gets told so")
+    praise(answer, "where a number is cut off no small move helps, and the weight behind it gets told so")
 
 
 @torch.enable_grad()
@@ -49,8 +47,7 @@ def ex_04_2(answer: Answer) -> None:
     x, ours, theirs = (torch.randn(*shape, generator=generator) for shape in ((5, 3), (3, 4), (3, 4)))
     x[0] *= 5  # samples of different sizes: a mean of ratios is another number
     ours, theirs = ours.requires_grad_(), theirs.requires_grad_()
-    todo = "sum of squares of student(x) - teacher(x), over the sum of squares of teacher(x)"
-    found = called(answer, (lambda z: z @ ours, lambda z: z @ theirs, x), todo)
+    found = called(answer, (lambda z: z @ ours, lambda z: z @ theirs, x))
     if found is None:
         return
     if not isinstance(found, Tensor):
@@ -72,7 +69,10 @@ def ex_04_2(answer: Answer) -> None:
         raise WrongAnswerError("the value is right, but the student gets no gradient: keep student(x) out of no_grad()")
     if slopes[1] is not None:
         raise WrongAnswerError("the value is right, but the teacher gets a gradient too: put teacher(x) into no_grad()")
-    praise("no pictures and no noise target: the float network says at each point what the quantized one should give")
+    praise(
+        answer,
+        "no pictures and no noise target: the float network says at each point what the quantized one should give",
+    )
 
 
 def ex_04_3(answer: Answer) -> None:
@@ -80,8 +80,7 @@ def ex_04_3(answer: Answer) -> None:
     codes = torch.randint(-8, 8, (5, 6), generator=torch.Generator().manual_seed(3)).to(torch.int8)
     codes[0, :4] = torch.tensor([-8, 7, -1, 0])
     given = codes.clone()
-    todo = "keep four bits of each code with & 15, then even columns | odd columns << 4"
-    found = called(answer, (given,), todo)
+    found = called(answer, (given,))
     if found is None:
         return
     if not torch.equal(given, codes):
@@ -108,4 +107,4 @@ def ex_04_3(answer: Answer) -> None:
         (half[:, ::2], "only the even columns are in: the odd ones go into the high half, << 4"),
     )
     compare(found, half[:, ::2] | half[:, 1::2] << 4, mistakes)
-    praise("4 bits a code; with a float32 scale for 64 of them a weight costs 4.5")
+    praise(answer, "4 bits per code; with a float32 scale for 64 of them a weight costs 4.5")

@@ -11,10 +11,7 @@ from diffusion_opt.lesson.checks.answers import Answer, WrongAnswerError, called
 def ex_06_1(answer: Answer) -> None:
     """slot_gigabytes(layers, tokens, width, bytes_each, contexts, steps): keys and values that streaming keeps."""
     layers, tokens, width, each, contexts, steps = sizes = (5, 7000, 300, 4, 3, 11)
-    todo = (
-        "a key and a value of `width` numbers for each token and layer; a slot for each context and step; in 1e9 bytes"
-    )
-    found = called(answer, sizes, todo)
+    found = called(answer, sizes)
     if found is None:
         return
     right = 2 * layers * tokens * width * each * contexts * steps / 1e9
@@ -30,17 +27,17 @@ def ex_06_1(answer: Answer) -> None:
         (right * 8, "these are gigabits; a byte has 8 of them"),
     )
     compare(found, right, mistakes)
-    praise("weights have to be there only once, slots for each step: a student with fewer steps needs fewer of them")
+    praise(
+        answer,
+        "weights have to be there only once, slots for each step: a student with fewer steps needs fewer of them",
+    )
 
 
 def ex_06_2(answer: Answer) -> None:
     """grow(active, ring): the tokens within `ring` rows and columns of an active one."""
     active = torch.zeros(6, 9, dtype=torch.bool)
     active[0, 8] = active[3, 3] = True
-    todo = (
-        "a token is near if an active one is at most `ring` rows and at most `ring` columns away: a square around each"
-    )
-    found = called(answer, (active, 2), todo)
+    found = called(answer, (active, 2))
     if found is None:
         return
     mistakes = (
@@ -56,7 +53,7 @@ def ex_06_2(answer: Answer) -> None:
     compare(found, _grown(active, 2), mistakes)
     if not torch.equal(answer(active, 0).bool(), active):
         raise WrongAnswerError("with ring 0 the active tokens must come back, neither more nor fewer")
-    praise("a ring costs little on a large picture: the edge of a region grows slower than its area")
+    praise(answer, "a ring costs little on a large picture: the edge of a region grows slower than its area")
 
 
 def _grown(active: Tensor, ring: int, rows: int | None = None, columns: int | None = None) -> Tensor:
@@ -84,9 +81,8 @@ def ex_06_3(answer: Answer) -> None:
     generator = torch.Generator().manual_seed(4)
     x, clean, noise = (torch.randn(5, 3, generator=generator) for _ in range(3))
     region, r = torch.tensor([False, True, True, False, True]), 0.3
-    todo = "inside the region x stays; outside it is the given picture at time r, (1 - r) clean + r noise"
     try:
-        found = called(answer, (x, clean, noise, region, r), todo)
+        found = called(answer, (x, clean, noise, region, r))
     except RuntimeError as error:
         raise WrongAnswerError(
             f"shapes do not fit ({error}); region has shape (n,), one entry a token: make it (n, 1) first"
@@ -106,4 +102,4 @@ def ex_06_3(answer: Answer) -> None:
         (torch.where(inside, x, noise), "this is noise alone: at time r only r of it is left"),
     )
     compare(found, torch.where(inside, x, known), mistakes)
-    praise("what is known need not be computed; only its keys and values have to be renewed now and then")
+    praise(answer, "what is known need not be computed; only its keys and values have to be renewed now and then")

@@ -23,8 +23,7 @@ def ex_09_1(answer: Answer) -> None:
     """landing(weights, means): where one Euler step over the whole time takes every point of noise."""
     weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     means = torch.tensor([[1.0, 2.0], [-3.0, 0.5], [0.25, -4.0]], dtype=torch.float64)
-    todo = "the velocity at t = 1 is x - E[data]; take the step of length 1, and write E[data] with weights and means"
-    found = called(answer, (weights, means), todo)
+    found = called(answer, (weights, means))
     if found is None:
         return
     mean = weights @ means
@@ -39,7 +38,7 @@ def ex_09_1(answer: Answer) -> None:
     elif isinstance(found, Tensor) and found.shape == means.shape:
         raise WrongAnswerError("one point is asked for, the same for all noise: add up over the modes")
     compare(found, mean, mistakes)
-    praise("every noise ends at the mean of the data: one straight step knows no picture, only their average")
+    praise(answer, "every noise ends at the mean of the data: one straight step knows no picture, only their average")
 
 
 def ex_09_2(answer: Answer) -> None:
@@ -53,8 +52,7 @@ def ex_09_2(answer: Answer) -> None:
     def jump(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
         return scale * (x.sin() + (t * t)[:, None] - 2 * r[:, None] * x)
 
-    todo = "hop to x_s = x_t - (t - s) v, ask jump(x_s, s, r) there, and mix both velocities by their times"
-    found = called(answer, (x, t, s, r, v, jump), todo)
+    found = called(answer, (x, t, s, r, v, jump))
     if found is None:
         return
     with torch.no_grad():
@@ -65,13 +63,15 @@ def ex_09_2(answer: Answer) -> None:
             "the values are right, but gradient flows into the target: the network would learn to move its own goal; "
             "compute it under torch.no_grad()"
         )
-    praise("with r = 0 it is consistency distillation, with s halfway and its own hop shortcut, and in between all")
+    praise(
+        answer, "with r = 0 it is consistency distillation, with s halfway and its own hop shortcut, and in between all"
+    )
 
 
 def ex_09_3(answer: Mapping[str, str | EllipsisType] | EllipsisType | None) -> None:
     """diagnosis: which wrong setting each of the students A, B and C was trained with."""
     if is_stub(answer) or (isinstance(answer, Mapping) and any(is_stub(cause) for cause in answer.values())):
-        not_yet(f'a dict like {{"A": ..., "B": ..., "C": ...}} with three of {", ".join(sorted(CAUSES.values()))}')
+        not_yet()
         return
     if not isinstance(answer, Mapping) or set(answer) != set(CAUSES):
         raise WrongAnswerError(f"a dict with the keys A, B and C is asked for, got {answer!r}")
@@ -80,7 +80,7 @@ def ex_09_3(answer: Mapping[str, str | EllipsisType] | EllipsisType | None) -> N
     for name, cause in CAUSES.items():
         if answer[name] != cause:
             raise WrongAnswerError(f"{name} is something else: {_SIGNS[name]}")
-    praise("look at one step and at four, and at the loss; the loss alone would have called A the best student")
+    praise(answer, "look at one step and at four, and at the loss; the loss alone would have called A the best student")
 
 
 def _target_mistakes(

@@ -8,9 +8,8 @@ from diffusion_opt.lesson.checks.answers import Answer, WrongAnswerError, called
 
 def ex_07_1(answer: object) -> None:
     """softmax_kernel(X, OUT, columns, BLOCK): a Triton kernel, one program a row."""
-    todo = "load the row with a mask, subtract its maximum, exponentiate, divide by the sum, store with a mask"
     if is_stub(answer):
-        not_yet(todo)
+        not_yet()
         return
     from triton import JITFunction
 
@@ -21,7 +20,7 @@ def ex_07_1(answer: object) -> None:
     x = torch.randn(5, 11, generator=torch.Generator().manual_seed(1)) - 4
     out, behind = _softmax_of(answer, x)
     if out.isnan().all():
-        not_yet(todo)
+        not_yet()
         return
     if not behind.isnan().all():
         if out.isnan().any():
@@ -43,7 +42,7 @@ def ex_07_1(answer: object) -> None:
     out, _ = _softmax_of(answer, 200 * x)
     if not torch.allclose(out, (200 * x).softmax(1), atol=1e-6):
         raise WrongAnswerError("right for small scores, but large ones overflow: subtract the maximum of the row first")
-    praise("a masked load decides what absent elements mean: 0 for a sum, -inf for a softmax")
+    praise(answer, "a masked load decides what absent elements mean: 0 for a sum, -inf for a softmax")
 
 
 def _softmax_of(kernel: object, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +63,7 @@ def ex_07_2(answer: Answer) -> None:
     generator = torch.Generator().manual_seed(2)
     scores, values = torch.randn(3, 9, generator=generator) * 3, torch.randn(9, 4, generator=generator)
     parts = [_state(scores[:, part], values[part]) for part in (slice(0, 2), slice(2, 9))]
-    todo = "the new maximum is the larger one; what was summed under a smaller one shrinks by exp(old - new)"
-    found = called(answer, (*parts[0], *parts[1]), todo)
+    found = called(answer, (*parts[0], *parts[1]))
     if found is None:
         return
     if not isinstance(found, tuple) or len(found) != 3:
@@ -91,7 +89,7 @@ def ex_07_2(answer: Answer) -> None:
             (expected[2] / expected[1][:, None], "not divided yet: the division by l comes once, at the very end"),
         ),
     )
-    praise("the order of the parts does not matter, so a long row can be shared by many programs")
+    praise(answer, "the order of the parts does not matter, so a long row can be shared by many programs")
 
 
 def _state(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,8 +101,7 @@ def _state(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def ex_07_3(answer: Answer) -> None:
     """attention_intensity(n, d, block_m, each): FLOP per byte moved by the attention kernel."""
     n, d, block_m, each = 768, 40, 64, 2
-    todo = "4 n n d FLOP over the bytes: queries and result once, keys and values once for each tile of queries"
-    found = called(answer, (n, d, block_m, each), todo)
+    found = called(answer, (n, d, block_m, each))
     if found is None:
         return
     flops, once, keys = 4 * n * n * d, 2 * n * d, 2 * n * d * (n // block_m)
@@ -116,4 +113,7 @@ def ex_07_3(answer: Answer) -> None:
         (flops / 2 / (each * (once + keys)), "there are two products: scores, and weights with values"),
     )
     compare(found, flops / (each * (once + keys)), mistakes)
-    praise(f"{found:.0f} FLOP per byte, and nearly block_m for long rows: the tile of queries sets it, not the length")
+    praise(
+        answer,
+        f"{found:.0f} FLOP per byte, and nearly block_m for long rows: the tile of queries sets it, not the length",
+    )

@@ -9,7 +9,7 @@ def predicted_speedup(macs, rate, new_macs, new_rate, overhead_s):
     return before / after
 
 
-conflict = ("student", "solver")
+conflict = ("solver", "scheduled_cache")
 
 my_recipe = Recipe((Solver(2),))
 
