@@ -27,8 +27,9 @@ install:          ## set up .venv, or do nothing if it is current (ARGS for tool
 demo: install     ## the whole ladder, from the 50-step teacher to the combined pipeline
 	@$(BIN)/diffusion-opt demo $(ARGS)
 
-lab: install      ## open the course in JupyterLab
-	@$(BIN)/jupyter lab notebooks $(ALLOW_ROOT)
+lab: install      ## open your copies of the lessons in JupyterLab (ARGS=--merge: with all that changed)
+	@$(BIN)/python tools/course.py $(ARGS)
+	@$(BIN)/jupyter lab runs/course $(ALLOW_ROOT)
 
 test: install lint layers unit slow compiled interpreted lessons    ## everything that must pass; stops at the first failure
 	@echo "== all stages passed"
