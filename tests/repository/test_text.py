@@ -108,11 +108,10 @@ WORDS = {
     r"wherein|therein|herein|whereby|thereby|whereof|thereof|amongst|whilst": "a word of today",
 }
 PLAIN = re.compile("|".join(rf"\b({pattern})\b" for pattern in WORDS), re.IGNORECASE)
-MEASURES = (
-    "passes|bits|bytes?|MB|GB|ms|FLOPs?|TFLOPs|MACs|images|pictures|frames|evaluations|registers|micro-batches|cycles"
-)
+MEASURES = "passes|bits|bytes?|MB|GB|ms|FLOPs?|TFLOPs|MACs|evaluations|registers|micro-batches|cycles"
 SHARED_BY = "weight|step|second|image|picture|rung|head|row|thread|sample|number|token|pass|channel|pixel|layer|block"
-RATE = re.compile(rf"\b({MEASURES})\s+an?\s+({SHARED_BY})\b")  # "bits a weight"; write "bits per weight"
+FLOWS = r"(images|pictures|frames)\s+an?\s+(second|step|rung)"
+RATE = re.compile(rf"\b(({MEASURES})\s+an?\s+({SHARED_BY})|{FLOWS})\b")  # "bits a weight"; write "bits per weight"
 LICENSES = {"LICENSE", "data/fashion-mnist/README.md"}
 
 
@@ -147,7 +146,7 @@ def test_plain_words_and_per_for_rates():
         ("4.5 bits a weight", ["line 1: 'bits a weight': write 'per'"]),
         ("two passes\na step", ["line 1: 'passes\\na step': write 'per'"]),
         (
-            "It takes steps a student knows; a billion; recommend; Bills of 3 GB per second",
+            "It takes steps a student knows; a billion; recommend; in pictures a pass; Bills of 3 GB per second",
             ["line 1: 'Bills': write 'cost'"],
         ),
     ],
