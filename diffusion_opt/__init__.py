@@ -6,6 +6,7 @@ The front door. Names are imported when first used, so `import diffusion_opt` co
     pipe = diffusion_opt.load("fashion")                          # a small FLUX.2, shipped with the repository
     fast = diffusion_opt.Recipe.load("fast.json").apply(pipe)     # quantized, cached, distilled: whatever it lists
     pipe("sneaker").images[0]
+    diffusion_opt.save(pipe, "runs/fast")                         # opens by load("runs/fast"), recipe and all
 """
 
 import importlib
@@ -14,7 +15,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _DOOR = {
-    "load": "diffusion_opt.quantization.packed.storage",  # models.load, for pipelines with packed weights too
+    "load": "diffusion_opt.recipes.saving",  # models.load, for packed weights and saved recipes too
+    "save": "diffusion_opt.recipes.saving",
     "velocity_model": "diffusion_opt.models",
     "Recipe": "diffusion_opt.recipes",
     "apply": "diffusion_opt.recipes",

@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": Command(_CLI + "generate:generate", "MODEL", "pictures or clips"),
     "plan": Command(_CLI + "plan:plan", "MODEL", "bytes and arithmetic, before a weight is read"),
     "measure": Command(_CLI + "measure:measure", "MODEL", "speed, cost, memory, and what judges say"),
+    "apply": Command(_CLI + "apply:apply", "MODEL", "put a recipe on, and save what opens with it"),
     "cache calibrate": Command(_CLI + "cache:calibrate", "MODEL", "what TeaCache, MagCache and step tables need"),
     "cache search": Command(_CLI + "cache:search", "MODEL", "which steps to compute, for each budget"),
     "cache compare": Command(_CLI + "cache:compare", "MODEL", "every cache beside running fewer steps"),
@@ -49,7 +50,7 @@ COMMANDS = {
 SECTIONS = {
     "Start here": ("doctor", "demo"),
     "With any pipeline (MODEL: a shipped name, a folder, or a name of the hub)": (
-        "generate", "plan", "measure", "cache calibrate", "cache search", "cache compare", "quantize",
+        "generate", "plan", "measure", "apply", "cache calibrate", "cache search", "cache compare", "quantize",
     ),
     "Make models": ("distill", "train"),
     "Look inside": ("kernels report", "kernels explain"),

@@ -55,7 +55,7 @@ class Opening:
     def open(self, model: str) -> "DiffusionPipeline":
         """The pipeline, in its place, with its progress bar off."""
         device = settle(self.device, self.threads)
-        from diffusion_opt.quantization.packed.storage import load
+        from diffusion_opt.recipes.saving import load
 
         pipe = load(model, dtype=self.dtype, device=device, offload=self.offload)
         pipe.set_progress_bar_config(disable=True)

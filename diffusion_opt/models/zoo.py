@@ -26,6 +26,7 @@ from diffusion_opt.models.pipeline import TinyFlux2Pipeline
 from diffusion_opt.names import SHIPPED, check_name
 
 QUANTIZED = "quantization.json"  # in the folder of a pipeline with packed weights
+RECIPE = "recipe.json"  # in the folder of a pipeline that was saved with a recipe on it
 
 
 def open_pipeline(folder: Path, dtype: Dtype = AUTO, **parts: object) -> DiffusionPipeline:
@@ -53,7 +54,15 @@ def load(
     dtype = as_dtype(dtype)
     if str(name) in SHIPPED:
         verify(SHIPPED[str(name)].folder)
-    return place(open_pipeline(locate(name), dtype), device, offload)
+    folder = locate(name)
+    refuse_recipe(folder)
+    return place(open_pipeline(folder, dtype), device, offload)
+
+
+def refuse_recipe(folder: Path) -> None:
+    """Raise ValueError for a folder with a recipe, which would come back without its techniques."""
+    if (folder / RECIPE).is_file():
+        raise ValueError(f"{folder} holds a recipe: open it with diffusion_opt.load, which puts it on again")
 
 
 def locate(name: str | Path) -> Path:

@@ -4,6 +4,7 @@ from diffusion_opt.recipes.ladder import FASHION_LADDER, LadderResult, run_ladde
 from diffusion_opt.recipes.measuring import as_rung, measure
 from diffusion_opt.recipes.recipe import TECHNIQUES, Recipe, Technique, apply
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
+from diffusion_opt.recipes.saving import load, save
 
 __all__ = [
     "FASHION_LADDER",
@@ -16,6 +17,8 @@ __all__ = [
     "Technique",
     "apply",
     "as_rung",
+    "load",
     "measure",
     "run_ladder",
+    "save",
 ]

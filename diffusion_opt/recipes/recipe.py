@@ -102,6 +102,8 @@ TECHNIQUES: dict[str, tuple[type, Kind]] = {
     "guidance_cache": (GuidanceCache, SPARED),
     "compile": (Compile, COMPILED),
 }
+_KINDS = {technique: kind for technique, kind in TECHNIQUES.values()}
+_ON = "_diffusion_opt_recipe"  # in the pipeline's __dict__: what recipes put on it, by kind
 _REGIONAL = {kind for name, (kind, _) in TECHNIQUES.items() if name.endswith("region_cache")}
 _NAMES = {technique: name for name, (technique, _) in TECHNIQUES.items()}
 
@@ -156,6 +158,7 @@ class Recipe:
             for technique in self.techniques:
                 technique.apply(pipe)
                 done.append(technique)
+            note(pipe, self.techniques)
         except BaseException:
             for technique in reversed(done):
                 technique.remove(pipe)
@@ -166,6 +169,7 @@ class Recipe:
         """Take all techniques back, last first."""
         for technique in reversed(self.techniques):
             technique.remove(pipe)
+        forget(pipe, self.techniques)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. Raises ValueError for a technique with a run whose arguments are pictures or tensors."""
@@ -216,6 +220,32 @@ def _technique(settings: dict[str, Any]) -> Technique:
     if isinstance(settings.get("run"), dict):
         settings["run"] = Run(**settings["run"])
     return technique(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+def kind_of(technique: Technique) -> Kind:
+    """What a technique changes."""
+    return _KINDS[type(technique)]
+
+
+def note(pipe: DiffusionPipeline, techniques: Sequence[Technique]) -> None:
+    """Remember on the pipeline what is on it, so that a folder can say it; one of each kind."""
+    if techniques:
+        pipe.__dict__.setdefault(_ON, {}).update({kind_of(technique): technique for technique in techniques})
+
+
+def forget(pipe: DiffusionPipeline, techniques: Sequence[Technique]) -> None:
+    """These are no longer on the pipeline."""
+    on = pipe.__dict__.get(_ON, {})
+    for technique in techniques:
+        on.pop(kind_of(technique), None)
+    if not on:
+        pipe.__dict__.pop(_ON, None)
+
+
+def applied(pipe: DiffusionPipeline) -> dict[Kind, Technique]:
+    """What recipes put on this pipeline, in order; a technique that was then removed by itself is still named."""
+    on = pipe.__dict__.get(_ON, {})
+    return {kind: on[kind] for kind in sorted(on, key=lambda kind: kind.place)}
 
 
 def apply(pipe: DiffusionPipeline, *techniques: Technique) -> DiffusionPipeline:

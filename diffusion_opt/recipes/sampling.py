@@ -21,7 +21,7 @@ from diffusion_opt.datasets import read_json
 from diffusion_opt.models import flow_scheduler
 from diffusion_opt.models.call_defaults import call_defaults, drop_call_defaults, set_call_defaults
 from diffusion_opt.models.opening import DENOISERS, read_index
-from diffusion_opt.models.zoo import QUANTIZED, locate, open_pipeline
+from diffusion_opt.models.zoo import QUANTIZED, RECIPE, locate, open_pipeline
 from diffusion_opt.quantization.packed.storage import load_quantized
 from diffusion_opt.subjects import denoisers
 
@@ -160,6 +160,12 @@ class Student:
     def _check(self, folder: Path, teachers: dict[str, nn.Module]) -> None:
         """Raise ValueError unless the networks of the folder take the place of these; nothing is opened for that."""
         index = read_index(folder)
+        if (folder / RECIPE).is_file() and (more := read_json(folder / RECIPE, "save it again").get("techniques")):
+            names = ", ".join(entry["technique"] for entry in more)
+            raise ValueError(
+                f"Student: {self.model} holds a recipe besides its network ({names}): open it with diffusion_opt.load, "
+                "or name the folder of the student alone"
+            )
         students = {name: index[name][1] for name in DENOISERS if isinstance(index.get(name), list) and index[name][1]}
         if students.keys() != teachers.keys():
             raise ValueError(
@@ -197,6 +203,11 @@ class Compile:
         for block in _recall(pipe, self)["blocks"]:
             block._compiled_call_impl = None
         torch.compiler.reset()
+
+
+def is_compiled(pipe: DiffusionPipeline) -> bool:
+    """Whether `Compile` is on a pipeline."""
+    return Compile.__name__ in pipe.__dict__.get(_UNDO, {})
 
 
 def _plain(value: Any) -> Any:

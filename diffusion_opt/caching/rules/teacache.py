@@ -71,14 +71,15 @@ class TeaCache(StepCacheTechnique):
         check_predictor(self.predictor)
         if self.fit not in ("isotonic", "polynomial"):
             raise ValueError(f"fit must be isotonic or polynomial, got {self.fit!r}")
-        if self.fit == "polynomial" and not self._calibrated:
+        if self.fit == "polynomial" and not self.calibrated:
             raise ValueError(f"fit chooses between the curves of a calibration, and {self.curve!r} is none")
         check_near(self.near)
-        if self.near and not self._calibrated:
+        if self.near and not self.calibrated:
             raise ValueError(f"near is a distance from a calibrated run, and {self.curve!r} knows none")
 
     @property
-    def _calibrated(self) -> bool:
+    def calibrated(self) -> bool:
+        """Whether `curve` names a calibration, and so a file."""
         return self.curve != "identity" and self.curve not in PUBLISHED
 
     def rule(self, pipe: DiffusionPipeline) -> TeaCacheRule:
@@ -96,7 +97,7 @@ class TeaCache(StepCacheTechnique):
         return TeaCacheRule(self.threshold, calibration.curve, belonging)
 
     def describe(self) -> str:
-        named = ", calibrated" + (" polynomial" if self.fit == "polynomial" else "") if self._calibrated else ""
+        named = ", calibrated" + (" polynomial" if self.fit == "polynomial" else "") if self.calibrated else ""
         if self.curve in PUBLISHED:
             named = f", polynomial of {self.curve}"
         return f"TeaCache at {self.threshold:g} with {self.predictor}{named}"

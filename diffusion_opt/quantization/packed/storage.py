@@ -1,7 +1,7 @@
 """A quantized pipeline in a folder, and back in another process with the same output, bit for bit.
 
     save_quantized(pipe, folder)        after pack(pipe), or after DynamicInt8().apply(pipe) or W8A8().apply(pipe)
-    diffusion_opt.load(folder)          any pipeline: this is where the front door looks whether weights are packed
+    load(folder)                        any pipeline, packed or not; the front door (`recipes/saving.py`) asks here
 
     folder/quantization.json            layers and formats of each network, types of all parts, the format of attention
            transformer/packed.safetensors   codes and scales, and what was not quantized; of transformer_2 too, if any
@@ -36,7 +36,7 @@ from diffusion_opt.datasets.integrity import SUMS
 from diffusion_opt.datasets.writing import read_json, write_json
 from diffusion_opt.models.call_defaults import save_call_defaults
 from diffusion_opt.models.opening import AUTO, Dtype, as_dtype, place, settled, stored_dtype
-from diffusion_opt.models.zoo import QUANTIZED, forget_origin, locate, open_pipeline
+from diffusion_opt.models.zoo import QUANTIZED, forget_origin, locate, open_pipeline, refuse_recipe
 from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention, attention_of
 from diffusion_opt.quantization.faster import bfloat16
 from diffusion_opt.quantization.packed.network import FILE, load_network, main_type, packed_layers, save_network
@@ -105,6 +105,7 @@ def load(
     Raises what `models.load` and `load_quantized` raise.
     """
     dtype, folder = as_dtype(dtype), locate(name)
+    refuse_recipe(folder)
     if (folder / QUANTIZED).is_file() or (folder / WEIGHTS).is_file():
         return load_quantized(folder, dtype=dtype, device=device, offload=offload)
     return models.load(name, dtype=dtype, device=device, offload=offload)
