@@ -112,7 +112,7 @@ MEASURES = "passes|bits|bytes?|MB|GB|ms|FLOPs?|TFLOPs|MACs|evaluations|registers
 SHARED_BY = "weight|step|second|image|picture|rung|head|row|thread|sample|number|token|pass|channel|pixel|layer|block"
 FLOWS = r"(images|pictures|frames)\s+an?\s+(second|step|rung)"
 RATE = re.compile(rf"\b(({MEASURES})\s+an?\s+({SHARED_BY})|{FLOWS})\b")  # "bits a weight"; write "bits per weight"
-LICENSES = {"LICENSE", "data/fashion-mnist/README.md"}
+LICENSES = {"LICENSE", "data/clips/README.md", "data/fashion-mnist/README.md"}
 
 
 def prose(path: Path) -> str:

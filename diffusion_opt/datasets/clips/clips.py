@@ -1,7 +1,7 @@
 """Clips by number: `clips(num, num_chunks, seed, split)` makes them on the fly, the same ones each time.
 
 A clip shows one picture that moves over a scene. A chunk of two frames has an action, which is held for a while, as a
-person holds a key. Nothing is stored: a seed gives the clips of all lengths in well under a millisecond a frame.
+person holds a key. Nothing is stored: a seed gives the clips of all lengths in well under a millisecond per frame.
 
     train, test   different streams of chance; the same kinds of clips
     held_out      starting picture x scene x first three actions that occur in neither: one combination in twelve,

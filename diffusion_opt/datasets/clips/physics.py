@@ -1,6 +1,6 @@
 """How a picture moves: exactly known, steered by an action, with chance at the walls.
 
-One frame is 1/25 s. With the action a of the chunk that a frame belongs to, the velocity v (pixels a frame) and the
+One frame is 1/25 s. With the action a of the chunk that a frame belongs to, the velocity v (pixels per frame) and the
 position p of the picture's middle follow
 
     v <- drag (v + push a), shortened to `top` if longer;      p <- p + v.
@@ -79,7 +79,7 @@ class Motion:
     """What happened in each frame: ground truth of a clip. A hit's velocity is the one after it."""
 
     positions: Float[Tensor, "n f 2"]  # of the picture's middle, pixels
-    velocities: Float[Tensor, "n f 2"]  # pixels a frame
+    velocities: Float[Tensor, "n f 2"]  # pixels per frame
     pictures: Int[Tensor, "n f"]
     hits: Bool[Tensor, "n f"]  # whether the picture turned in this frame
 

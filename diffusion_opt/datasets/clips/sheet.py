@@ -47,7 +47,7 @@ SCENES = (
     "farm",
     "candy",
 )
-SIZE, PICTURE, TEXELS = 64, 16, 4  # pixels of a frame and of a picture; texels a pixel, in each direction
+SIZE, PICTURE, TEXELS = 64, 16, 4  # pixels of a frame and of a picture; texels per pixel, in each direction
 MARGIN = 2 * TEXELS  # empty texels around a picture's texture
 
 
