@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 def report(
     update: bool = False,
+    changed: bool = False,
     only: str | None = None,
     arch: int | None = None,
     workers: int | None = None,
@@ -23,6 +24,7 @@ def report(
 
     Args:
         update: write what was compiled into the table.
+        changed: compile the kernels whose source, constants or launch options are not those of the table.
         only: compile cases whose name contains this.
         arch: compile for this architecture.
         workers: compiler processes at a time; default: one for each core, at most 8.
@@ -38,6 +40,8 @@ def report(
     if not wanted:
         names = ", ".join(case.name for case in cases)
         raise ValueError(f"no case is left by --only {only} --arch {arch}; there are: {names}")
+    if changed:
+        wanted = compile_report.changed(cases, compile_report.load(), wanted)
     rows, wrong = _compiled(cases, wanted, workers)
     console = Console()
     console.print(table(rows))
@@ -50,12 +54,12 @@ def report(
         console.print(f"Written: {compile_report.REPORT.name}")
         raise SystemExit(1 if wrong else 0)
     recorded = compile_report.load()
-    changed = [*compile_report.differences(recorded, rows), *compile_report.vanished(recorded, every)]
-    for difference in changed:
+    worse = [*compile_report.differences(recorded, rows), *compile_report.vanished(recorded, every)]
+    for difference in worse:
         console.print(str(difference), markup=False, highlight=False)
-    if changed:
+    if worse:
         console.print(f"If this is intended: {compile_report.REFRESH}", markup=False)
-    raise SystemExit(1 if wrong or changed else 0)
+    raise SystemExit(1 if wrong or worse else 0)
 
 
 def explain(

@@ -31,11 +31,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_opt.kernels.gate import sass
 from diffusion_opt.kernels.gate.case import CompileCase
 from diffusion_opt.kernels.gate.sass import WARP, Loop, MachineCode
+
+if TYPE_CHECKING:
+    from triton.compiler import ASTSource
 
 PACKAGE_CASES = "diffusion_opt.kernels.gate.cases:all_cases"
 Job = tuple[str, int]  # name of a case, architecture
@@ -52,6 +55,7 @@ class Compiled:
     tensor_memory_columns: int  # of 512; sm_100 only
     remarks: tuple[str, ...] = ()  # of ptxas, on kernels with asynchronous matrix instructions (sm_90)
     absent: tuple[str, ...] = ()  # instructions the case asks for that are not in the PTX
+    source: str = ""  # `source_key` of what was compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +70,12 @@ class Failure:
 def compile_case(case: CompileCase, arch: int) -> Compiled:
     """Compile a case for an architecture in this process.
 
-    Raises ValueError if the case has no launch choice for it, if its signature is not the kernel's, or if the kernel
-    was decorated for the interpreter; and whatever Triton raises when compilation fails.
+    Raises what `source_of` raises, and whatever Triton raises when compilation fails.
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    if arch not in case.launch:
-        raise ValueError(f"{case.name} has no launch choice for sm_{arch}, only for {sorted(case.launch)}")
-    if not isinstance(case.kernel, triton.JITFunction):
-        raise ValueError(f"{case.name}: the kernel was decorated with TRITON_INTERPRET=1; unset it and start anew")
-    names = list(case.signature)
-    if names != case.kernel.arg_names:
-        raise ValueError(f"{case.name}: the signature has {names}, the kernel takes {case.kernel.arg_names}")
-    choice = case.launch[arch]
-    source = ASTSource(case.kernel, *_specialized(case, arch))
-    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+    source, options = source_of(case, arch)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
     code = machine_code(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
@@ -94,7 +87,39 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
         getattr(kernel.metadata, "tmem_size", 0) or 0,
         remarks(ptx, arch) if code.asynchronous_products else (),
         tuple(name for name in case.ptx if not re.search(rf"^\s*(@\S+\s+)?{re.escape(name)}", ptx, re.MULTILINE)),
+        source_key(case, arch),
     )
+
+
+def source_key(case: CompileCase, arch: int) -> str:
+    """A digest of all that decides the machine code, but for Triton's version.
+
+    That is the kernel's source and place in its file, the functions it calls, types, constants, and launch options.
+    Raises what `source_of` raises.
+    """
+    source, options = source_of(case, arch)
+    return hashlib.sha256(f"{source.hash()} {sorted(options.items())} {arch}".encode()).hexdigest()[:16]
+
+
+def source_of(case: CompileCase, arch: int) -> tuple["ASTSource", dict[str, int]]:
+    """What Triton compiles of a case for an architecture, and its options.
+
+    Raises ValueError if the case has no launch choice for it, if its signature is not the kernel's, or if the kernel
+    was decorated for the interpreter.
+    """
+    import triton
+    from triton.compiler import ASTSource
+
+    if arch not in case.launch:
+        raise ValueError(f"{case.name} has no launch choice for sm_{arch}, only for {sorted(case.launch)}")
+    if not isinstance(case.kernel, triton.JITFunction):
+        raise ValueError(f"{case.name}: the kernel was decorated with TRITON_INTERPRET=1; unset it and start anew")
+    names = list(case.signature)
+    if names != case.kernel.arg_names:
+        raise ValueError(f"{case.name}: the signature has {names}, the kernel takes {case.kernel.arg_names}")
+    choice = case.launch[arch]
+    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+    return ASTSource(case.kernel, *_specialized(case, arch)), options
 
 
 def _specialized(case: CompileCase, arch: int) -> tuple[dict, dict, dict]:

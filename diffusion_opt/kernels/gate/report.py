@@ -11,6 +11,9 @@ registers, missing matrix opcodes, matrix instructions that are waited for one b
 shared memory than an SM has are refused. `differences`: is it worse than
 recorded? Some slack is allowed, so that a small change of a kernel does not ask for a new table. A new Triton does, and
 its pin is exact. Better than recorded passes; `--update` writes it down.
+
+Each row has the digest of its source. The same source and the same Triton give the same machine code, so `--changed`
+and the tests compile the rows whose source is another, and the tests a sample of the others.
 """
 
 import json
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_opt.datasets.writing import write_text
-from diffusion_opt.kernels.gate.aot import Compiled, Failure, Job, compile_all
+from diffusion_opt.kernels.gate.aot import Compiled, Failure, Job, compile_all, source_key
 from diffusion_opt.kernels.gate.case import CompileCase
 from diffusion_opt.kernels.gate.roofline import matrix_work, programs_per_multiprocessor, roofline
 
@@ -98,6 +101,7 @@ def row_of(case: CompileCase, compiled: Compiled) -> Row:
         "matrix": code.matrix,
         "async_copies": code.async_copies,
         "tma": code.tma,
+        "source": compiled.source,
     }
     if code.asynchronous_products and code.loop is not None:
         row |= {"waits": code.loop.waits, "remarks": list(compiled.remarks)}
@@ -166,6 +170,15 @@ def differences(recorded: dict[Job, Row], rows: dict[Job, Row]) -> list[Differen
         if set(was["matrix"]) != set(row["matrix"]):
             found.append(Difference(kernel, arch, "matrix opcodes", sorted(was["matrix"]), sorted(row["matrix"])))
     return found
+
+
+def changed(cases: Iterable[CompileCase], recorded: dict[Job, Row], wanted: Iterable[Job]) -> list[Job]:
+    """The wanted jobs whose source is not the one that the table recorded; a new job is among them.
+
+    Raises ValueError where kernels were decorated for the interpreter.
+    """
+    named = {case.name: case for case in cases}
+    return [job for job in wanted if source_key(named[job[0]], job[1]) != recorded.get(job, {}).get("source")]
 
 
 def vanished(recorded: dict[Job, Row], all_jobs: Iterable[Job]) -> list[Difference]:
