@@ -48,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C, which tests send
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # and one under nohup the closing of a terminal
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not wants("compiled", config.option.markexpr):
         check_all_functions_but_kernels()
 

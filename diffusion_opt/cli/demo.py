@@ -44,6 +44,7 @@ def _drill() -> None:
 def demo(
     samples: int = 500,
     batch_size: int = 50,
+    rounds: int = 5,
     threads: int | None = None,
     device: Device = "auto",
     seed: int = 0,
@@ -57,6 +58,7 @@ def demo(
     Args:
         samples: images behind each quality figure; fewer is faster and less certain.
         batch_size: images a call.
+        rounds: how often each rung is timed, in turns; fewer is faster and less certain.
         threads: CPU threads of torch; default: torch's own choice.
         device: where to run; auto takes the GPU if there is one.
         seed: of noise and bootstrap.
@@ -67,13 +69,17 @@ def demo(
         raise ValueError(f"--samples must be at least 20 for a quality figure, got {samples}")
     if not 1 <= batch_size <= samples:
         raise ValueError(f"--batch-size must lie in 1 … {samples} (the samples), got {batch_size}")
+    if rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {rounds}")
     writable(out)
     device = settle(device, threads)
     from rich.console import Console
 
     from diffusion_opt.recipes import report, run_ladder
 
-    result = run_ladder(num_samples=samples, batch_size=batch_size, seed=seed, device=device, compile=compile)
+    result = run_ladder(
+        num_samples=samples, batch_size=batch_size, rounds=rounds, seed=seed, device=device, compile=compile
+    )
     written = report.write(result, out, f"diffusion-opt {shlex.join(sys.argv[1:])}")
     console = Console()
     console.print(report.table(written["rungs"]))

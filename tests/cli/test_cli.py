@@ -190,7 +190,19 @@ def test_training_stops_at_its_budget_and_resumes(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_demo_runs_the_whole_ladder(tmp_path: Path) -> None:
-    done = run("demo", "--samples", "40", "--batch-size", "20", "--threads", "1", "--out", str(tmp_path / "demo"))
+    done = run(
+        "demo",
+        "--samples",
+        "20",
+        "--batch-size",
+        "20",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "demo"),
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "demo/report.json").read_text())
     names = [rung["name"] for rung in report["rungs"]]
