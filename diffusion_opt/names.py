@@ -6,9 +6,10 @@ not after the seconds that torch, diffusers and modelopt take. Every other room 
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,9 @@ METHODS = (  # of distillation, as `distillation/methods.py` registers them; plu
 )  # fmt: skip
 
 
+JUDGES = ("fashion", "imagenet", "statistics", "paired")  # of pictures, as `evaluation/judges` holds them
+
+
 def data_dir() -> Path:
     """The folder of shipped data and weights: `data/` of the repository, or DIFFUSION_OPT_DATA.
 
@@ -68,6 +72,18 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """` (did you mean …?)` for a word that is close to one of the choices, otherwise nothing."""
     found = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+def add(what: str, name: str, value: Any, table: MutableMapping[str, Any]) -> None:
+    """Put something from outside into a table of names; twice the same does no harm.
+
+    Raises ValueError for a name that is taken, or is no word.
+    """
+    if not name.isidentifier() or name != name.lower():
+        raise ValueError(f"a {what}'s name is a lower-case word with underscores, got {name!r}")
+    if table.get(name, value) != value:
+        raise ValueError(f"there is a {what} {name!r} already: choose another name")
+    table[name] = value
 
 
 def check_method(method: str) -> None:

@@ -10,20 +10,26 @@ from small_pipelines import small_pipeline
 
 from diffusion_opt import plugins
 from diffusion_opt.cli import main
-from diffusion_opt.distillation import methods
+from diffusion_opt.distillation import methods, opening
 from diffusion_opt.distillation.make import StudentPlan, make_student
+from diffusion_opt.evaluation.judges import named
 from diffusion_opt.models import TinyFlux2Config, load
 from diffusion_opt.plugins import load_plugins
+from diffusion_opt.recipes import Recipe, recipe
+from diffusion_opt.subjects import Run
 from diffusion_opt.training import TrainConfig
 
+PARTS = str(Path(__file__).parents[1] / "examples" / "parts_plugin.py")
 IMM = str(Path(__file__).parents[1] / "examples" / "imm_plugin.py")
 BRIEF = TrainConfig(steps=2, batch_size=8, warmup_steps=1)
 
 
 @pytest.fixture(autouse=True)
-def own_list(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_lists(request: pytest.FixtureRequest) -> None:
     """What a test registers is gone after it."""
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    for table in (methods.METHODS, recipe.TECHNIQUES, named.JUDGES, opening.OPENERS):
+        before = dict(table)
+        request.addfinalizer(lambda table=table, before=before: (table.clear(), table.update(before)))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,56 @@ def test_the_command_takes_a_plugin_and_its_settings(teacher: str, tmp_path: Pat
         with pytest.raises(SystemExit) as stop:
             main([*command, "--set", wrong])
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_technique_of_a_plugin_is_written_in_recipes_and_leaves_no_bit_behind(teacher: str) -> None:
+    load_plugins([PARTS])
+    fused = Recipe.from_dict({"techniques": [{"technique": "fused_projections"}]})
+    assert fused.to_dict() == {"techniques": [{"technique": "fused_projections"}]}
+    pipe = load(teacher)
+    run = Run.for_pipeline(pipe, num_inference_steps=2)
+    before = run.generate(pipe, [0, 1])
+    fused.apply(pipe)
+    with pytest.raises(ValueError, match="the projections of transformer are fused already"):
+        fused.apply(pipe)
+    assert torch.allclose(run.generate(pipe, [0, 1]), before, atol=1e-5)
+    assert any(name.endswith("to_qkv") for name, _ in pipe.transformer.named_modules())
+    fused.remove(pipe)
+    assert torch.equal(run.generate(pipe, [0, 1]), before)
+    int8 = {"technique": "dynamic_int8", "min_width": 0}
+    with pytest.raises(ValueError, match="a recipe can change the weights once"):
+        Recipe.from_dict({"techniques": [{"technique": "fused_projections"}, int8]})
+    with pytest.raises(ValueError, match="a technique is a frozen dataclass"):
+        recipe.register("mine", dict, recipe.STORED)
+    with pytest.raises(ValueError, match="there is a technique 'solver' already"):
+        recipe.register("solver", type(fused.techniques[0]), recipe.STORED)
+
+
+def test_the_measuring_command_takes_a_technique_and_a_judge(teacher: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("fused.json").write_text(json.dumps({"techniques": [{"technique": "fused_projections"}]}))
+    command = ["measure", teacher, "--steps", "2", "--against", "fused.json", "--samples", "2", "--rounds", "1"]
+    with pytest.raises(SystemExit):
+        main([*command, "--judges", "brightness"])
+    assert "no judge 'brightness': there are fashion, imagenet" in capsys.readouterr().err
+    main([*command, "--judges", "brightness", "paired", "--plugin", PARTS])
+    judged = json.loads(Path("runs/measure/measurement.json").read_text())["fused"]["judged"]
+    assert judged["brightness.off"]["value"] < 1e-4 and judged["paired.pixel"]["value"] < 1e-4
+
+
+def test_a_subject_of_a_plugin_is_distilled_by_the_command(teacher: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["distill", "--method", "finetune", "--steps", "8", "--updates", "1", "--batch-size", "4",
+             "--data-limit", "40", "--threads", "1", "--out", "run"]  # fmt: skip
+    main([*small, "--teacher", f"mirrored:{teacher}", "--plugin", PARTS])
+    record = json.loads(Path("run/student.json").read_text())
+    assert record["teacher_identity"]["data"] == "mirrored" and load("run/pipeline").config.default_steps == 8
+    with pytest.raises(SystemExit):
+        main([*small, "--teacher", teacher, "--plugin", PARTS])  # the same weights, other pictures
+    assert "mirrored" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*small, "--teacher", "turned:there", "--plugin", PARTS])
+    assert "unknown model 'turned:there'" in capsys.readouterr().err
 
 
 def test_what_is_no_plugin_is_refused(tmp_path: Path) -> None:

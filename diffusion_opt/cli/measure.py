@@ -11,12 +11,22 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from diffusion_opt.cli.options import ASKED, OPENING, RUNS, Asked, Model, Opening, check_model, writable
-from diffusion_opt.names import SHIPPED
+from diffusion_opt.cli.options import (
+    ASKED,
+    OPENING,
+    RUNS,
+    Asked,
+    Model,
+    Opening,
+    check_model,
+    plugins_wanted,
+    writable,
+)
+from diffusion_opt.names import JUDGES, SHIPPED, nearest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,8 +35,7 @@ if TYPE_CHECKING:
     from diffusion_opt.evaluation import Measurement, Rung
     from diffusion_opt.subjects import Run
 
-Judge = Literal["fashion", "imagenet", "statistics", "paired"]
-Judges = Annotated[tuple[Judge, ...], tyro.conf.arg(help_behavior_hint="")]
+Judges = Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"{{{','.join(JUDGES)}}} [...]", help_behavior_hint="")]
 Others = Annotated[tuple[str, ...], tyro.conf.arg(metavar="RECIPE|MODEL [...]", help_behavior_hint="")]
 
 
@@ -48,7 +57,7 @@ def measure(
         model: shipped name, folder or hub name: the teacher of the others.
         against: recipes (JSON files) to put on the model, or other models.
         judges: who looks at the pictures. Default: paired, the distance from the model's own pictures of the same
-            noise, if there is something to compare, and for a shipped model fashion.
+            noise, if there is something to compare, and for a shipped model fashion. Plugins bring others.
         samples: pictures that are judged; 0: none are.
         rounds: timed turns of each.
         out: folder for the JSON file.
@@ -57,6 +66,8 @@ def measure(
     asked.check(model)
     for other in against:
         _check_other(other)
+    if (unknown := [name for name in judges if name not in JUDGES]) and not plugins_wanted(opening.plugin):
+        raise ValueError(f"no judge {unknown[0]!r}{nearest(unknown[0], JUDGES)}: there are {', '.join(JUDGES)}")
     if samples < 0 or samples == 1 or rounds < 1:
         raise ValueError(f"--samples must be 0, or 2 or more, and --rounds 1 or more, got {samples} and {rounds}")
     writable(out)

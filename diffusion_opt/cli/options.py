@@ -28,6 +28,7 @@ MaybeFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavio
 MaybeText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")]
+Plugins = Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODULE|FILE.py [...]", help_behavior_hint="")]
 RUNS = Path("runs")
 _PICTURES = ("image", "mask", "video", "frame")  # in names of arguments whose texts are paths of pictures
 
@@ -45,6 +46,7 @@ class Opening:
     device: Device = "auto"  # where to run; auto takes the GPU if there is one
     offload: Offload = None  # keep on the GPU only what computes
     threads: MaybeInt = None  # CPU threads of torch; default: torch's own choice
+    plugin: Plugins = ()  # modules, or .py files, that bring parts of their own; see diffusion_opt/plugins.py
 
     def check(self, model: str) -> None:
         """Refuse what can be refused without torch. Raises ValueError for a model that cannot be one."""
@@ -52,9 +54,16 @@ class Opening:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
         check_model(model)
 
+    def plugins(self) -> None:
+        """Register what was installed or named. Raises ValueError as `load_plugins` does."""
+        from diffusion_opt.plugins import load_plugins
+
+        load_plugins(self.plugin)
+
     def open(self, model: str) -> "DiffusionPipeline":
-        """The pipeline, in its place, with its progress bar off."""
+        """The pipeline, in its place, with its progress bar off; plugins are registered before."""
         device = settle(self.device, self.threads)
+        self.plugins()
         from diffusion_opt.recipes.saving import load
 
         pipe = load(model, dtype=self.dtype, device=device, offload=self.offload)
@@ -160,6 +169,13 @@ def check_model(model: str) -> None:
         inside = sorted(path.parent.name for path in Path(model).glob("*/model_index.json"))
         hint = f"; it holds {', '.join(inside)}" if inside else ""
         raise ValueError(f"{model} is a folder without a pipeline (no model_index.json){hint}")
+
+
+def plugins_wanted(plugin: tuple[str, ...]) -> bool:
+    """Whether names may be those of plugins, so that only what is registered can tell."""
+    from diffusion_opt.plugins import installed
+
+    return bool(plugin) or bool(installed())
 
 
 def settle(device: Device, threads: int | None) -> str:

@@ -29,6 +29,7 @@ def plan(model: Model, asked: Asked = ASKED, opening: Opening = OPENING) -> None
     """
     check_model(model)
     asked.check(model)
+    opening.plugins()
     import torch
 
     from diffusion_opt.models.opening import AUTO, as_dtype, stored_dtype

@@ -14,7 +14,9 @@ from diffusion_opt.cli.options import (
     MaybeInt,
     MaybePath,
     MaybeText,
+    Plugins,
     check_model,
+    plugins_wanted,
     settle,
     writable,
 )
@@ -100,7 +102,7 @@ def distill(
     accumulate: MaybeInt = None,
     shard: bool = False,
     set: tuple[str, ...] = (),
-    plugin: tuple[str, ...] = (),
+    plugin: Plugins = (),
     seed: int = 0,
     checkpoint_seconds: float = 60.0,
     out: MaybePath = None,
@@ -171,7 +173,7 @@ def distill(
         accumulate: micro-batches per step, over all processes.
         shard: share whole networks in training among the processes.
         set: settings of the method's own, as name=value: --set alpha=1.2 warmup=100 gan.r1_weight=100.
-        plugin: modules, or .py files, that bring methods of their own; see `diffusion_opt/plugins.py`.
+        plugin: modules, or .py files, that bring methods or subjects of their own; see `diffusion_opt/plugins.py`.
         seed: of trajectories and batches.
         checkpoint_seconds: time between two checkpoints; 0: after each step.
         out: working folder; default runs/<teacher>-<steps>step-<method>, see the last line of the output.
@@ -179,11 +181,12 @@ def distill(
         device: where to train; auto takes the GPU if there is one.
     """
     from dataclasses import replace
-    from importlib.metadata import entry_points
 
-    if not plugin and not entry_points(group="diffusion_opt.plugins"):  # otherwise the name may be one of theirs
+    asked = Asked(prompts, call=call)
+    if not plugins_wanted(plugin):  # otherwise names may be theirs
         check_method(method)
-    check_model(teacher)
+    if ":" not in teacher or not plugins_wanted(plugin):
+        check_model(teacher)
     if start is not None:
         check_model(start)
     device = settle(device, threads)
@@ -200,9 +203,9 @@ def distill(
     plan = replace(plan, guidance_interval=guidance_interval, fake_updates=fake_updates, times=times or None)
     plan = replace(plan, method_settings=_settings(set))
     subject = open_subject(
-        teacher, _texts(prompts), Samples(latents, pictures), device, dtype, guidance_scale=guidance, height=height,
+        teacher, asked.texts(), Samples(latents, pictures), device, dtype, guidance_scale=guidance, height=height,
         width=width, num_frames=num_frames, negative_prompt=negative_prompt,
-        arguments=Asked(call=call).arguments(),
+        arguments=asked.arguments(),
     )  # fmt: skip
     plan = plan.settled(subject)
     if pairs is not None or (chosen.pairs and seed):
@@ -229,16 +232,6 @@ def distill(
         if among.is_main:
             print("stopped; run the same command to go on") if not ready else _say(result, out)
     _end(result.exit_status if ready else 128 + signal.SIGINT)
-
-
-def _texts(prompts: tuple[str, ...]) -> tuple[str, ...]:
-    """The prompts, or those of a file that was named in their place, one a line."""
-    if len(prompts) != 1 or not Path(prompts[0]).is_file():
-        return prompts
-    lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
-    if not (texts := tuple(line.strip() for line in lines if line.strip())):
-        raise ValueError(f"--prompts {prompts[0]} is a file without a line of text")
-    return texts
 
 
 def _settings(given: tuple[str, ...]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from diffusion_opt.distillation.distribution import AdversarialSettings, HeadSet
 from diffusion_opt.distillation.flow_matching import FlowMatchingSettings
 from diffusion_opt.distillation.trajectory import METHODS as SETTINGS
 from diffusion_opt.distillation.trajectory import TAU, PairConfig, RefinementSettings, TruncatedSettings
+from diffusion_opt.names import add
 from diffusion_opt.training import Distiller, TrainConfig, TrainResult, train
 
 PAIRS = PairConfig(num_pairs=10_240, guidance_scale=2.0, num_rungs=4, num_steps=12)
@@ -275,11 +276,7 @@ METHODS: dict[str, Method] = {
 
 def register(name: str, method: Method) -> None:
     """Add a method from outside, see `diffusion_opt.plugins`. Raises ValueError for a name that is taken or no word."""
-    if not name.isidentifier() or name != name.lower():
-        raise ValueError(f"a method's name is a lower-case word with underscores, got {name!r}")
-    if METHODS.get(name, method) != method:
-        raise ValueError(f"there is a method {name!r} already: choose another name")
-    METHODS[name] = method
+    add("method", name, method, METHODS)
 
 
 def method_named(name: str) -> Method:

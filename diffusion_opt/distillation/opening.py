@@ -5,6 +5,7 @@ conditions along and refuses prompts; every other one needs them. `presets_for` 
 large pipeline starts; the presets of the methods are minutes of two CPU cores on a small model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,24 @@ from diffusion_opt.datasets import read_json
 from diffusion_opt.distillation.methods import Method
 from diffusion_opt.models import TinyFlux2Pipeline, load
 from diffusion_opt.models.zoo import locate
+from diffusion_opt.names import add
 from diffusion_opt.subjects import ClassConditional, PromptedPipeline, Run, Subject
 from diffusion_opt.subjects.real_samples import captioned, encoded, latents_of
 from diffusion_opt.training import TrainConfig
 
 LARGE = TrainConfig(steps=2000, batch_size=8, learning_rate=2e-5, warmup_steps=50, betas=(0.0, 0.999), ema_decay=0.98)
+
+
+OPENERS: dict[str, Callable[..., Subject]] = {}  # of plugins, by the word before the colon
+
+
+def register(name: str, opener: Callable[..., Subject]) -> None:
+    """Add a kind of subject from outside, see `diffusion_opt.plugins`: it opens every teacher called `name:…`.
+
+    `opener` is called like `open_subject`, its `teacher` being what follows the colon, and gives a `Subject` whose name
+    is the whole. Raises ValueError for a name that is taken or is no word.
+    """
+    add("subject", name, opener, OPENERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,9 @@ def open_subject(
     Raises ValueError for prompts, samples or sizes given to a class-conditional teacher, and for a pipeline without
     prompts; and as `ClassConditional` and `PromptedPipeline` do.
     """
+    kind, colon, rest = teacher.partition(":")
+    if colon and kind in OPENERS:
+        return OPENERS[kind](rest, prompts, samples, device, dtype, **asked)
     if class_of(teacher) == TinyFlux2Pipeline.__name__:
         sizes = [name for name, value in asked.items() if name != "guidance_scale" and value not in (None, {})]
         given = ["prompts"] * bool(prompts) + ["samples"] * (samples != Samples()) + sizes

@@ -11,7 +11,7 @@ them refuses the pipeline, those already applied are taken back and the pipeline
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +37,7 @@ from diffusion_opt.caching import (
     TeaCache,
 )
 from diffusion_opt.datasets import read_json, write_json
-from diffusion_opt.names import nearest
+from diffusion_opt.names import add, nearest
 from diffusion_opt.quantization import PTQ, W8A8, Bfloat16, DynamicInt8, LowPrecisionAttention
 from diffusion_opt.recipes.sampling import Compile, Solver, Student
 from diffusion_opt.subjects import Run
@@ -102,10 +102,26 @@ TECHNIQUES: dict[str, tuple[type, Kind]] = {
     "guidance_cache": (GuidanceCache, SPARED),
     "compile": (Compile, COMPILED),
 }
-_KINDS = {technique: kind for technique, kind in TECHNIQUES.values()}
 _ON = "_diffusion_opt_recipe"  # in the pipeline's __dict__: what recipes put on it, by kind
 _REGIONAL = {kind for name, (kind, _) in TECHNIQUES.items() if name.endswith("region_cache")}
-_NAMES = {technique: name for name, (technique, _) in TECHNIQUES.items()}
+
+
+def register(name: str, technique: type, kind: Kind) -> None:
+    """Add a technique from outside, see `diffusion_opt.plugins`: a frozen dataclass that is a `Technique`.
+
+    `kind` says what it changes, and so where it stands in a recipe and what it excludes: one of WHAT, HOW, STORED,
+    ATTENDED, REUSED, SPARED, COMPILED, or a `Kind` of its own between them. Raises ValueError for a name that is taken
+    or no word, and for a class that recipes could not write down.
+    """
+    if not is_dataclass(technique) or not technique.__dataclass_params__.frozen:
+        raise ValueError(f"a technique is a frozen dataclass, because recipes write its fields down, got {technique!r}")
+    if lacking := [word for word in ("apply", "remove", "describe") if not callable(getattr(technique, word, None))]:
+        raise ValueError(f"{technique.__name__} lacks {', '.join(lacking)}: see `Technique` in recipes/recipe.py")
+    add("technique", name, (technique, kind), TECHNIQUES)
+
+
+def _names() -> dict[type, str]:
+    return {technique: name for name, (technique, _) in TECHNIQUES.items()}
 
 
 def _check_pairs(techniques: Sequence[Technique]) -> None:
@@ -136,11 +152,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "techniques", tuple(self.techniques))
+        names = _names()
         for technique in self.techniques:
-            if type(technique) not in _NAMES:
+            if type(technique) not in names:
                 raise ValueError(f"unknown technique {technique!r}; there are {', '.join(TECHNIQUES)}")
         _check_pairs(self.techniques)
-        kinds = [TECHNIQUES[_NAMES[type(t)]][1] for t in self.techniques]
+        kinds = [TECHNIQUES[names[type(t)]][1] for t in self.techniques]
         for first, second in pairwise(kinds):
             if first == second:
                 raise ValueError(f"a recipe can change the {first.name} once, got two techniques that do")
@@ -173,7 +190,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. Raises ValueError for a technique with a run whose arguments are pictures or tensors."""
-        return {"techniques": [{"technique": _NAMES[type(t)], **_settings(t)} for t in self.techniques]}
+        names = _names()
+        return {"techniques": [{"technique": names[type(t)], **_settings(t)} for t in self.techniques]}
 
     @classmethod
     def from_dict(cls, data: Any) -> "Recipe":
@@ -200,7 +218,7 @@ def _settings(technique: Technique) -> dict[str, Any]:
             json.dumps(value)
         except TypeError as error:
             raise ValueError(
-                f"{name} of {_NAMES[type(technique)]!r} cannot be written to a file ({error}): leave pictures and "
+                f"{name} of {_names()[type(technique)]!r} cannot be written to a file ({error}): leave pictures and "
                 "tensors out of its run, and give them when the technique is made"
             ) from error
     return settings
@@ -224,7 +242,7 @@ def _technique(settings: dict[str, Any]) -> Technique:
 
 def kind_of(technique: Technique) -> Kind:
     """What a technique changes."""
-    return _KINDS[type(technique)]
+    return TECHNIQUES[_names()[type(technique)]][1]
 
 
 def note(pipe: DiffusionPipeline, techniques: Sequence[Technique]) -> None:

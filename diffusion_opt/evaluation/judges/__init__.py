@@ -4,7 +4,7 @@ from diffusion_opt.evaluation.judges.claim import Claim, at_teacher_quality
 from diffusion_opt.evaluation.judges.fashion import FashionJudge
 from diffusion_opt.evaluation.judges.imagenet import ImageNetJudge
 from diffusion_opt.evaluation.judges.judge import Judge, Number, ratio
-from diffusion_opt.evaluation.judges.named import JUDGES, judge_named, judged
+from diffusion_opt.evaluation.judges.named import JUDGES, judge_named, judged, register
 from diffusion_opt.evaluation.judges.own import Own
 from diffusion_opt.evaluation.judges.paired import PairedJudge
 from diffusion_opt.evaluation.judges.real import RealPictures
@@ -25,4 +25,5 @@ __all__ = [
     "judge_named",
     "judged",
     "ratio",
+    "register",
 ]

@@ -13,14 +13,23 @@ from diffusion_opt.evaluation.judges.own import Own
 from diffusion_opt.evaluation.judges.paired import PairedJudge
 from diffusion_opt.evaluation.judges.real import RealPictures
 from diffusion_opt.evaluation.judges.statistics import StatisticsJudge
+from diffusion_opt.names import add, nearest
 
-JUDGES: dict[str, type] = {
+JUDGES: dict[str, Callable[..., Judge]] = {
     "fashion": FashionJudge,
     "imagenet": ImageNetJudge,
     "statistics": StatisticsJudge,
     "paired": PairedJudge,
 }
 Chosen = str | Judge | Callable[..., Any]
+
+
+def register(name: str, judge: Callable[..., Judge]) -> None:
+    """Add a judge from outside, see `diffusion_opt.plugins`: what makes one of settings (resamples=, seed=).
+
+    Raises ValueError for a name that is taken, or is no word.
+    """
+    add("judge", name, judge, JUDGES)
 
 
 def judge_named(chosen: Chosen, **settings: Any) -> Judge:
@@ -30,7 +39,8 @@ def judge_named(chosen: Chosen, **settings: Any) -> Judge:
     """
     if isinstance(chosen, str):
         if chosen not in JUDGES:
-            raise ValueError(f"judge must be one of {', '.join(JUDGES)}, or a function or metric; got {chosen!r}")
+            hint = nearest(chosen, JUDGES)
+            raise ValueError(f"no judge {chosen!r}{hint}: there are {', '.join(JUDGES)}, or a function or metric")
         return JUDGES[chosen](**settings)
     if hasattr(chosen, "measure") and hasattr(chosen, "name"):
         return chosen
