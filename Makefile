@@ -15,7 +15,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .NOTPARALLEL:
-.PHONY: help install demo lab test lint layers unit slow compiled interpreted lessons notebooks matrix lock format clean
+.PHONY: help install demo lab test lint layers unit slow compiled interpreted lessons notebooks docs numbers matrix lock format clean
 .DEFAULT_GOAL := help
 
 help:             ## this list
@@ -70,6 +70,12 @@ notebooks: install ## run each notebook in full and store its cleaned outputs
 format: install   ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: install     ## the course, names and results as web pages in build/docs/html, without a network
+	@$(BIN)/python tools/docs.py $(ARGS)
+
+numbers: install  ## rewrite the numbers that README and lessons quote from benchmarks/results
+	@$(BIN)/python tools/numbers.py
 
 matrix: install   ## try every technique on every tiny pipeline, and write the table into README (ARGS: pipelines)
 	@$(OFFLINE) PYTHONPATH=tests $(BIN)/python -m matrix $(ARGS)

@@ -165,7 +165,7 @@ def install(venv: Path, choice: str, rebuild: bool, mark: str) -> None:
     print(f"[2/3] {pin}", flush=True)
     install_torch(run, pin, choice, sys.platform == "linux", has_nvidia_driver())
     print("[3/3] everything else (about 170 packages, a few minutes the first time)", flush=True)
-    if not run(["install", "-e", ".[lab,plots,logs,rivals,test]", "-c", "constraints.txt"]):
+    if not run(["install", "-e", ".[lab,plots,logs,rivals,docs,test]", "-c", "constraints.txt"]):
         output = log.read_text(encoding="utf-8").rpartition("\n$ ")[2]
         reason = next((line for line in output.splitlines() if line.startswith("ERROR")), "no message")
         raise InstallError(f"pip failed: {reason}; all of its output is in .venv/{log.name}")

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("lab", "plots", "logs", "rivals", "test")
+EXTRAS = ("lab", "plots", "logs", "rivals", "docs", "test")
 KEPT_NVIDIA = {"nvidia-modelopt", "nvidia-ml-py"}
 REQUIREMENT = re.compile(r"^\s*(?P<name>[A-Za-z0-9][\w.-]*)\s*(?:\[(?P<extras>[^\]]*)\])?[^;]*(?:;(?P<marker>.*))?$")
 
