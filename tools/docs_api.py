@@ -47,7 +47,7 @@ def public_names(tree: ast.Module) -> list[str]:
 
 
 def definition(name: str, file: Path, package: Path) -> tuple[ast.stmt, Path] | None:
-    """The statement that makes `name` in `file` or where it is imported from, and its file; None for what is outside."""
+    """The statement that makes `name` in `file` or where that imports it from, and its file; None if outside."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return node, file

@@ -43,7 +43,8 @@ def package(tmp_path):
     (tmp_path / "pack" / "__init__.py").write_text("")
     (room / "__init__.py").write_text(
         '"""What the room is for."""\n\nfrom pack.room.parts import LIMIT, Part\n'
-        'from pack.room.parts import work as do\nfrom outside import other\n\n__all__ = ["LIMIT", "Part", "do", "other"]\n'
+        "from pack.room.parts import work as do\n"
+        'from outside import other\n\n__all__ = ["LIMIT", "Part", "do", "other"]\n'
     )
     (room / "parts.py").write_text(
         "from dataclasses import dataclass\n\nLIMIT = 3\n\n\n@dataclass(frozen=True)\nclass Part:\n"
