@@ -7,11 +7,9 @@ Of a name of the hub only configs and tokenizers are fetched. A folder may hold 
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_opt.cli.options import ASKED, OPENING, Asked, Model, Opening, check_model
-from diffusion_opt.names import SHIPPED
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -33,9 +31,10 @@ def plan(model: Model, asked: Asked = ASKED, opening: Opening = OPENING) -> None
     import torch
 
     from diffusion_opt.models.opening import AUTO, as_dtype, stored_dtype
+    from diffusion_opt.models.zoo import configs_of
     from diffusion_opt.subjects import plan as plans
 
-    folder = _configs(model)
+    folder = configs_of(model)
     dtype = stored_dtype(folder) if opening.dtype == AUTO else as_dtype(opening.dtype)
     with torch.random.fork_rng(devices=[]):
         pipe = plans.skeleton(folder)
@@ -89,21 +88,6 @@ def kept(found: "Plan", pipe: "DiffusionPipeline") -> list[str]:
         f"  {'region cache':18s} {_size(slots):>10s}  keys and values; of all {found.steps} steps where it streams"
     )
     return said
-
-
-def _configs(model: str) -> Path:
-    """The folder with the configs. Raises OSError if they cannot be fetched."""
-    if model in SHIPPED:
-        return SHIPPED[model].folder
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*.safetensors.index.json"]))
-    except OSError as error:
-        raise OSError(f"cannot read the configs of {model} from the hub: {str(error).splitlines()[0]}") from error
 
 
 def _size(number: int) -> str:

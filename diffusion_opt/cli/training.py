@@ -192,7 +192,7 @@ def distill(
     device = settle(device, threads)
     from diffusion_opt.distillation.make import StudentPlan, make_student
     from diffusion_opt.distillation.methods import PAIRS, method_named
-    from diffusion_opt.distillation.opening import Samples, open_subject, preset_for
+    from diffusion_opt.distillation.opening import Samples, check_served, open_subject, preset_for
     from diffusion_opt.distillation.starts import pairs_folder, usual_folder, with_start
     from diffusion_opt.plugins import load_plugins
     from diffusion_opt.training import process_group
@@ -202,10 +202,12 @@ def distill(
     plan = StudentPlan(teacher, name, steps, guidance, start, None, data_limit, classes, lora)
     plan = replace(plan, guidance_interval=guidance_interval, fake_updates=fake_updates, times=times or None)
     plan = replace(plan, method_settings=_settings(set))
+    samples, arguments = Samples(latents, pictures), asked.arguments()
+    check_served(teacher, chosen, samples, arguments)
     subject = open_subject(
-        teacher, asked.texts(), Samples(latents, pictures), device, dtype, guidance_scale=guidance, height=height,
+        teacher, asked.texts(), samples, device, dtype, guidance_scale=guidance, height=height,
         width=width, num_frames=num_frames, negative_prompt=negative_prompt,
-        arguments=asked.arguments(),
+        arguments=arguments,
     )  # fmt: skip
     plan = plan.settled(subject)
     if pairs is not None or (chosen.pairs and seed):

@@ -13,10 +13,13 @@ from typing import Any
 from diffusion_opt.datasets import read_json
 from diffusion_opt.distillation.methods import Method
 from diffusion_opt.models import TinyFlux2Pipeline, load
-from diffusion_opt.models.zoo import locate
+from diffusion_opt.models.zoo import configs_of, locate
 from diffusion_opt.names import add
 from diffusion_opt.subjects import ClassConditional, PromptedPipeline, Run, Subject
+from diffusion_opt.subjects.plan import skeleton
+from diffusion_opt.subjects.prompted import NO_DATA, NO_PLACE
 from diffusion_opt.subjects.real_samples import captioned, encoded, latents_of
+from diffusion_opt.subjects.recording import check_kind, check_pictures
 from diffusion_opt.training import TrainConfig
 
 LARGE = TrainConfig(steps=2000, batch_size=8, learning_rate=2e-5, warmup_steps=50, betas=(0.0, 0.999), ema_decay=0.98)
@@ -82,6 +85,27 @@ def open_subject(
         data = latents_of(samples.latents, prompts)
     run = Run(prompts, **{name: value for name, value in asked.items() if value is not None})
     return PromptedPipeline(pipe, run, name=teacher, data=data, device=device)
+
+
+def check_served(teacher: str, method: Method, samples: Samples = Samples(), arguments: Any = None) -> None:
+    """Refuse what cannot be distilled before a weight is read or downloaded: all that its configs tell.
+
+    Raises ValueError with the reason and what to do instead.
+    """
+    if teacher.partition(":")[0] in OPENERS:
+        return
+    folder = configs_of(teacher)
+    index = folder / "model_index.json"
+    if not index.is_file() or read_json(index, "").get("_class_name") == TinyFlux2Pipeline.__name__:
+        return
+    pipe = skeleton(folder)
+    check_kind(pipe)
+    check_pictures(pipe, Run(("",), arguments=arguments or {}))
+    what = {"two times": "the length of a jump", "guidance": "the scale that a student is to have"}.get(method.network)
+    if what is not None:
+        raise ValueError(NO_PLACE.format(kind=type(pipe).__name__, what=what))
+    if method.images != "none" and samples == Samples():
+        raise ValueError(NO_DATA.format(name=teacher))
 
 
 def class_of(teacher: str) -> str:

@@ -11,6 +11,9 @@ Guidance is a wrapper and not a flag (Ho & Salimans 2022, arXiv 2207.12598, in t
 
 Guidance in a limited interval of times (Kynkäänniemi et al. 2024, arXiv 2404.07724) leaves w = 1 outside it. Near t = 1
 guidance narrows what a picture may become before there is anything to see, and costs variety.
+
+Qwen-Image's pipeline gives each token of v_w the length that it has in v_cond, so that a large w turns it and does not
+lengthen it: `keeps_length`.
 """
 
 from dataclasses import dataclass
@@ -92,6 +95,7 @@ class Guided:
     model: VelocityModel
     scale: float
     interval: tuple[float, float] = ALL_TIMES
+    keeps_length: bool = False  # of each vector along the last dimension: that of the conditional velocity
 
     def __post_init__(self) -> None:
         check_interval(self.interval)
@@ -113,4 +117,7 @@ class Guided:
         unconditional = self.model(x_t, t, condition.drop(), **two_time)
         time = expand_time(t, x_t)
         inside = (time >= self.interval[0]) & (time <= self.interval[1])
-        return torch.where(inside, unconditional + self.scale * (conditional - unconditional), conditional)
+        guided = unconditional + self.scale * (conditional - unconditional)
+        if self.keeps_length:
+            guided = guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        return torch.where(inside, guided, conditional)

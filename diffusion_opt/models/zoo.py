@@ -77,6 +77,23 @@ def locate(name: str | Path) -> Path:
     return Path(name) if Path(name).is_dir() else _downloaded(str(name))
 
 
+def configs_of(name: str) -> Path:
+    """The folder of a pipeline's configs and tokenizers; of a hub name only these are fetched.
+
+    Raises ValueError as `locate` does, and OSError if they cannot be fetched.
+    """
+    check_name(name)
+    if name in SHIPPED or Path(name).is_dir():
+        return locate(name)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.safetensors.index.json"]))
+    except OSError as error:
+        raise OSError(f"cannot read the configs of {name} from the hub: {str(error).splitlines()[0]}") from error
+
+
 def _downloaded(name: str) -> Path:
     """The folder to which the hub's files were downloaded. Raises OSError in one line if they cannot be."""
     verbosity = diffusers_logging.get_verbosity()

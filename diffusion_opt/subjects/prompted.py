@@ -49,6 +49,12 @@ from diffusion_opt.subjects.run import Run
 from diffusion_opt.subjects.subject import Beginning, Sampling, Takes
 
 SIZES = ("height", "width", "num_frames")
+NO_PLACE = (
+    "the call of {kind} has no place for {what}, which this method's students take as an input: use ode, consistency, "
+    "dmd2 or sid"
+)
+NO_DATA = "this method learns from pictures, and {name} was given none: give latents, or pictures with captions"
+KEEPS_LENGTH = "QwenImage"  # pipelines of this family guide without lengthening, see `flow.Guided`
 
 
 class PromptedPipeline:
@@ -94,10 +100,7 @@ class PromptedPipeline:
     def with_data(self, num: int | None = None, classes: tuple[str, ...] = ()) -> "PromptedPipeline":
         """The same subject with the first `num` of its samples of these prompts. Raises ValueError if it has none."""
         if self.data is None:
-            raise ValueError(
-                f"this method learns from pictures, and {self.name} was given none: give latents, or pictures with "
-                "captions"
-            )
+            raise ValueError(NO_DATA.format(name=self.name))
         other = copy.copy(self)
         other.data = self.data.part(num, classes)
         return other
@@ -105,21 +108,13 @@ class PromptedPipeline:
     def refuses(self, takes: Takes, needs_data: bool) -> str | None:
         if takes in ("two times", "guidance"):
             what = "the length of a jump" if takes == "two times" else "the scale that a student is to have"
-            return (
-                f"the call of {type(self.pipe).__name__} has no place for {what}, which this method's students take as "
-                "an input: use ode, consistency, dmd2 or sid"
-            )
-        if needs_data and self.data is None:
-            return (
-                f"this method learns from pictures, and {self.name} was given none: give latents, or pictures with "
-                "captions"
-            )
-        return None
+            return NO_PLACE.format(kind=type(self.pipe).__name__, what=what)
+        return NO_DATA.format(name=self.name) if needs_data and self.data is None else None
 
     def guided(self, scale: float, interval: tuple[float, float] = ALL_TIMES) -> VelocityModel:
         """Two passes, mixed by the scale; or one, where the scale is an input and the run has set it."""
         if not self.embedded:
-            return Guided(self.network, scale, interval)
+            return Guided(self.network, scale, interval, type(self.pipe).__name__.startswith(KEEPS_LENGTH))
         if scale != self.default_guidance or interval != ALL_TIMES:
             raise ValueError(
                 f"guidance is an input of {type(self.transformer).__name__}, set to {self.default_guidance:g} by the "
@@ -215,7 +210,9 @@ def _guidance(pipe: DiffusionPipeline, run: Run) -> float:
     for name in ("true_cfg_scale", "guidance_scale"):
         if name in run.arguments:
             return float(run.arguments[name])
-    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    taken = inspect.signature(type(pipe).__call__).parameters
+    two_passes = run.negative_prompt is not None and not embeds_guidance(pipe)
+    default = (taken.get("true_cfg_scale") if two_passes else None) or taken.get("guidance_scale")
     return float(default.default) if default is not None and isinstance(default.default, int | float) else 1.0
 
 

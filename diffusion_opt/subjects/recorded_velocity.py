@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from diffusion_opt.flow import ClassCondition
 from diffusion_opt.subjects.recording import Recording
@@ -21,11 +22,13 @@ from diffusion_opt.subjects.recording import Recording
 class Texts(nn.Module):
     """The arguments that change with the prompt, a row for each prompt and a last one for the empty prompt.
 
-    Raises ValueError for texts of different lengths.
+    Texts of different lengths are filled up to the longest where the call has a mask for them, as Qwen-Image's has.
+    Raises ValueError for those without a mask.
     """
 
     def __init__(self, texts: Sequence[dict[str, Any]]) -> None:
         super().__init__()
+        texts = filled_up(texts)
         self.names: list[str] = []
         for name, value in texts[0].items():
             if not isinstance(value, Tensor) or all(_equal(text[name], value) for text in texts[1:]):
@@ -54,6 +57,24 @@ class Texts(nn.Module):
 
     def forward(self, labels: Tensor) -> dict[str, Tensor]:
         return {name: getattr(self, name)[labels] for name in self.names}
+
+
+def filled_up(texts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The texts with zeros behind those that are shorter than the longest, hidden by `NAME_mask` of NAME."""
+    found = [dict(text) for text in texts]
+    for name, value in texts[0].items():
+        mask = f"{name}_mask"
+        if mask not in texts[0] or not isinstance(value, Tensor) or value.ndim != 3:
+            continue
+        longest = max(text[name].shape[1] for text in texts)
+        if all(text[name].shape[1] == longest for text in texts):
+            continue
+        for text in found:
+            own = text[name].shape[1]
+            given = text[mask] if text[mask] is not None else text[name].new_ones(1, own, dtype=torch.bool)
+            text[name] = functional.pad(text[name], (0, 0, 0, longest - own))
+            text[mask] = functional.pad(given, (0, longest - own))
+    return found
 
 
 class RecordedVelocity(nn.Module):

@@ -39,6 +39,7 @@ WITHOUT_GUIDANCE = {  # of every pipeline's call that has such an argument
     "audio_modality_scale": 1.0, "spatio_temporal_guidance_blocks": None, "skip_guidance_layers": None,
     "guidance_scale_2": None,
 }  # fmt: skip
+PICTURES = ("image", "images", "video", "mask_image", "last_image", "reference_images")  # arguments of calls
 TOLERANCE = 2e-2  # relative, between the transformer's output and what the scheduler gets, in half precision too
 
 
@@ -91,23 +92,52 @@ class Recording:
 
 def check_kind(pipe: DiffusionPipeline) -> nn.Module:
     """The one transformer. Raises ValueError for a pipeline with two of them, or that does not follow a flow."""
-    networks = denoisers(pipe)
+    networks, kind = denoisers(pipe), type(pipe).__name__
     if len(networks) > 1:
         raise ValueError(
-            f"{type(pipe).__name__} has two networks, one for each range of times; a student of both at once cannot be "
-            "trained here: distill each by itself"
+            f"{kind} has two networks, one for each range of times; a student of both at once cannot be trained here. "
+            "Take a model with one (Wan 2.1, Wan 2.2 5B), or make this one faster with caches and quantization"
+        )
+    if "strength" in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(
+            f"{kind} begins at a noised picture, and a student is trained from noise on: distill the pipeline without "
+            "a picture, and give its student's transformer to this one"
+        )
+    if getattr(pipe, "guider", None) is not None:
+        raise ValueError(
+            f"{kind} mixes its passes by a guider ({type(pipe.guider).__name__}), not by an argument of its call, so "
+            "guidance cannot be switched off and taught: use caches and quantization"
+        )
+    transformer = next(iter(networks.values()))
+    first = next(iter(list(inspect.signature(type(transformer).forward).parameters.values())[1:]))
+    if "list" in str(first.annotation):
+        raise ValueError(
+            f"{type(transformer).__name__} takes a list of samples, each of a size of its own, and losses compute on "
+            "batches: use caches and quantization"
         )
     if not isinstance(pipe.scheduler, StudentScheduler):
         flow_scheduler(pipe.scheduler, second_order=False)
-    return next(iter(networks.values()))
+    return transformer
+
+
+def check_pictures(pipe: DiffusionPipeline, run: Run) -> None:
+    """Raise ValueError for a call that is given pictures, or needs them: the network sees them beside the sample."""
+    taken = inspect.signature(type(pipe).__call__).parameters
+    given = [name for name in PICTURES if run.arguments.get(name) is not None]
+    needed = [name for name in PICTURES if "ImageToVideo" in type(pipe).__name__ and name in taken]
+    if given or needed:
+        raise ValueError(
+            f"{type(pipe).__name__} shows its transformer a picture ({(given or needed)[0]}) beside the sample, and "
+            "students learn from noise and text alone: distill the pipeline without a picture (of the same family, "
+            "text to image or text to video), or use caches and quantization here"
+        )
 
 
 @torch.no_grad()
 def record(pipe: DiffusionPipeline, run: Run) -> Recording:
     """Watch two steps of a call. Raises ValueError, with what was seen, for a pipeline that cannot be followed."""
     transformer = check_kind(pipe)
-    if "strength" in inspect.signature(type(pipe).__call__).parameters:
-        raise ValueError(f"{type(pipe).__name__} begins at a noised picture, and a student is trained from noise on")
+    check_pictures(pipe, run)
     with watched(pipe, transformer) as tape:
         pipe(**_arguments(pipe, run, run.prompts[0], steps=2))
     if len(tape.passes) != 2:

@@ -10,7 +10,8 @@ from tiny_pipelines import tiny_pipeline, tiny_run
 
 from diffusion_opt.datasets import ImageData
 from diffusion_opt.distillation.make import StudentPlan, make_student
-from diffusion_opt.distillation.methods import METHODS
+from diffusion_opt.distillation.methods import METHODS, method_named
+from diffusion_opt.distillation.opening import check_served
 from diffusion_opt.distillation.trajectory import PairConfig
 from diffusion_opt.models import load
 from diffusion_opt.models.fingerprint import identity
@@ -129,3 +130,24 @@ def test_flow_maps_are_refused_before_anything_is_made(tmp_path: Path) -> None:
             StudentPlan("wan", "flow_map", 1), BRIEF, tmp_path / "x", progress=False, subject=subject_of("wan")
         )
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "call", "message"),
+    [
+        ("wan2.2", "ode", {}, "Take a model with one"),
+        ("flux2-klein", "flow_map", {}, "has no place for the length of a jump.*use ode, consistency"),
+        ("flux2-klein", "lcm", {}, "has no place for the scale"),
+        ("flux2-klein", "ladd", {}, "learns from pictures, and .* was given none"),
+        ("flux2-klein", "ode", {"image": "a picture"}, "distill the pipeline without a picture"),
+        ("hunyuan-video-1.5", "ode", {}, "use caches and quantization"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_before_a_weight_is_read(name, method, call, message, tmp_path) -> None:
+    tiny_pipeline(name).save_pretrained(tmp_path)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ValueError, match=message):
+        check_served(str(tmp_path), method_named(method), arguments=call)
+    if name == "flux2-klein":
+        check_served(str(tmp_path), method_named("ode"))

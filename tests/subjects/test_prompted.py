@@ -12,7 +12,7 @@ from diffusion_opt.flow import ALL_TIMES
 from diffusion_opt.subjects import PromptedPipeline, Run
 from diffusion_opt.subjects.recording import watched
 
-FAMILIES = ("flux2-klein", "flux2-dev", "sd3", "wan", "ltx", "ltx2-cfg")
+FAMILIES = ("flux2-klein", "flux2-dev", "sd3", "wan", "ltx", "ltx2-cfg", "qwen-image")
 MORE = ("flux", "sana", "hunyuan-video", "wan2.2-5b")
 
 
@@ -68,13 +68,15 @@ def test_a_batch_is_its_samples_and_prompts_matter() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("wan2.2", "WanPipeline has two networks, one for each range of times"),
+        ("wan2.2", "WanPipeline has two networks.* Take a model with one"),
         ("sdxl", "denoises with a UNet"),
         ("pixart", "predicts epsilon"),
-        ("flux2-klein-reference", "pictures beside the sample, or a packing of its own, are not served"),
-        ("wan-i2v", "pictures beside the sample"),
+        ("flux2-klein-reference", "Flux2KleinPipeline shows its transformer a picture .image. .*distill the pipeline"),
+        ("wan-i2v", "WanImageToVideoPipeline shows its transformer a picture"),
+        ("ltx-i2v", "shows its transformer a picture"),
         ("sd3-img2img", "begins at a noised picture"),
-        ("z-image", "does not see the sample"),
+        ("z-image", "ZImageTransformer2DModel takes a list of samples"),
+        ("hunyuan-video-1.5", "mixes its passes by a guider .ClassifierFreeGuidance."),
     ],
 )
 def test_what_cannot_be_followed_is_refused_and_left_as_it_was(name: str, message: str) -> None:

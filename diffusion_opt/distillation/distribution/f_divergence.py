@@ -27,8 +27,9 @@ others at their own noise (FastGen's `ratio_normalization`, on by default there;
 
 A weight needs a discriminator that tells something, and a discriminator needs training. At the budget of
 `benchmarks/results/distillation_methods.json` the student of `f_distill` makes 19 updates from its start, and its row
-(4.27, 1 step) is that of plain `dmd2` (4.24): r is near 1 there and so is h, whatever the divergence is called. A run
-logs `weight_low` and `weight_high`, the ends of h in a batch; near 1 both, it descends the reverse KL.
+(4.27, 1 step) is not apart from that of plain `dmd2` (4.24): the table says nothing of the divergence. Whether a run
+does is in its own log: `weight_low` and `weight_high` are the ends of h in a batch, and while both lie near 1 it
+descends the reverse KL, whatever the divergence is called.
 """
 
 from collections.abc import Callable
