@@ -46,12 +46,13 @@ def stamp(
 def squares(frames: Float[Tensor, "m c h w"], corners: Int[Tensor, "m 2"]) -> Float[Tensor, "m c q q"]:
     """The pixels of each frame in the square that starts at its corner; beyond the border they are 0."""
     padded = F.pad(frames, (BORDER,) * 4)
-    return padded.flatten(2).gather(2, _index(corners)[:, None].expand(-1, frames.shape[1], -1)).unflatten(
+    return padded.flatten(2).gather(2, square_index(corners)[:, None].expand(-1, frames.shape[1], -1)).unflatten(
         2, (SQUARE, SQUARE)
     )  # fmt: skip
 
 
-def _index(corners: Int[Tensor, "m 2"]) -> Int[Tensor, "m qq"]:
+def square_index(corners: Int[Tensor, "m 2"]) -> Int[Tensor, "m qq"]:
+    """Where the pixels of the squares stand in a frame with its border, flattened."""
     side = torch.arange(SQUARE, device=corners.device)
     rows = (corners[:, 1, None] + BORDER + side).clamp(0, SIZE + 2 * BORDER - 1)
     columns = (corners[:, 0, None] + BORDER + side).clamp(0, SIZE + 2 * BORDER - 1)
@@ -69,7 +70,7 @@ def render(
     flat = positions.flatten(0, 1)
     corners = corner(flat)
     square = stamp(pictures.flatten(), flat, corners, drawn).flatten(2)
-    index = _index(corners)[:, None].expand(-1, 3, -1)
+    index = square_index(corners)[:, None].expand(-1, 3, -1)
     canvas.scatter_(2, index, canvas.gather(2, index) * (1 - square[:, 3:]) + square[:, :3])
     inside = canvas.unflatten(2, (SIZE + 2 * BORDER,) * 2)[..., BORDER:-BORDER, BORDER:-BORDER]
     return inside.reshape(num, num_frames, 3, SIZE, SIZE)

@@ -1,6 +1,7 @@
 """Judges of generated pictures: chosen by name, several in one run, each number named after its judge."""
 
 from diffusion_opt.evaluation.judges.claim import Claim, at_teacher_quality
+from diffusion_opt.evaluation.judges.clips import ClipsJudge
 from diffusion_opt.evaluation.judges.fashion import FashionJudge
 from diffusion_opt.evaluation.judges.imagenet import ImageNetJudge
 from diffusion_opt.evaluation.judges.judge import Judge, Number, ratio
@@ -13,6 +14,7 @@ from diffusion_opt.evaluation.judges.statistics import StatisticsJudge
 __all__ = [
     "JUDGES",
     "Claim",
+    "ClipsJudge",
     "FashionJudge",
     "ImageNetJudge",
     "Judge",

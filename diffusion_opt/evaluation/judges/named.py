@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusion_opt.evaluation.judges.clips import ClipsJudge
 from diffusion_opt.evaluation.judges.fashion import FashionJudge
 from diffusion_opt.evaluation.judges.imagenet import ImageNetJudge
 from diffusion_opt.evaluation.judges.judge import Judge, Number, Prompts
@@ -20,6 +21,7 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "imagenet": ImageNetJudge,
     "statistics": StatisticsJudge,
     "paired": PairedJudge,
+    "clips": ClipsJudge,
 }
 Chosen = str | Judge | Callable[..., Any]
 
