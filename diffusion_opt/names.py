@@ -48,7 +48,7 @@ METHODS = (  # of distillation, as `distillation/methods.py` registers them; plu
 )  # fmt: skip
 
 
-JUDGES = ("fashion", "imagenet", "statistics", "paired")  # of pictures, as `evaluation/judges` holds them
+JUDGES = ("fashion", "imagenet", "statistics", "paired", "clips")  # of pictures, as `evaluation/judges` holds them
 
 
 def data_dir() -> Path:
