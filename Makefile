@@ -75,7 +75,7 @@ docs: install     ## the course, names and results as web pages in build/docs/ht
 	@$(BIN)/python tools/docs.py $(ARGS)
 
 numbers: install  ## rewrite the numbers that README and lessons quote from benchmarks/results
-	@$(BIN)/python tools/numbers.py
+	@$(BIN)/python tools/quoted.py
 
 matrix: install   ## try every technique on every tiny pipeline, and write the table into README (ARGS: pipelines)
 	@$(OFFLINE) PYTHONPATH=tests $(BIN)/python -m matrix $(ARGS)

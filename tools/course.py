@@ -29,7 +29,7 @@ CHANGED = "*The lesson has changed here; this is its new version. Your own cell 
 
 
 def learner(lesson: NotebookNode, number: str) -> NotebookNode:
-    """A lesson as a learner begins it; `number` is that of the lesson, such as "05"."""
+    """A lesson as a learner begins it; `number` is that of the lesson, such as "05" or "00b"."""
     cells, waiting = [], None
     for cell in lesson.cells:
         if waiting and cell.cell_type == "markdown":
@@ -123,7 +123,7 @@ def write(notebook: NotebookNode, path: Path) -> None:
 
 def update(lesson: Path, course: Path, accept) -> str:
     """Bring one copy up to date and say what was done; `accept(text)` answers whether a change is taken."""
-    new = learner(read(lesson), lesson.name[:2])
+    new = learner(read(lesson), lesson.name.partition("_")[0])
     copy, given = course / lesson.name, course / ".given" / lesson.name
     if not copy.exists():
         write(new, copy)

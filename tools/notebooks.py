@@ -31,11 +31,11 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 MOST_BYTES = 600_000
-CELLS = (35, 50)
+CELLS = (24, 52)
 MOST_CODE_LINES = 275
 MOST_FUNCTION_LINES = 25
 MOST_CLASS_LINES = 15
-SECTIONS = ("## Limits", "## Sources", "## Next")
+SECTIONS = ("## Recap", "## Limits", "## Sources", "## Next")
 CELL_SECONDS = 600  # a single cell that takes longer is stuck
 
 
@@ -228,7 +228,7 @@ def is_relative_path(text: str) -> bool:
 
 
 def check_text(notebook: NotebookNode) -> Iterator[str]:
-    """The frame of a lesson: title with minutes and aims on top; limits, sources and next at the end."""
+    """The frame of a lesson: title with minutes and aims on top; recap, limits, sources and next at the end."""
     text = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     top = text[0] if text else ""
     if not top.startswith("# ") or notebook.cells[0].cell_type != "markdown":

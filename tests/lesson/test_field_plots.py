@@ -15,7 +15,7 @@ def test_all_panels_have_one_scale_and_their_arrows_at_the_points():
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["long", "short"]
     assert long.scale == short.scale == pytest.approx(6 / (2.2 / 4)), "the longest arrow is an eighth of the view"
     assert long.get_offsets().tolist() == AT.tolist()
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["points"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["points"]
     assert not plt.get_fignums()
 
 

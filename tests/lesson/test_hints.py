@@ -30,7 +30,7 @@ def test_exercises_and_instances_do_not_share_what_was_given(capsys):
 
 
 def test_an_exercise_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="no exercise '99_9'; there are 00_1, 01_1"):
+    with pytest.raises(ValueError, match="no exercise '99_9'; there are 00_1, 00b_1"):
         checks.hint("99_9")
 
 

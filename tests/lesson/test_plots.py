@@ -95,3 +95,20 @@ def test_the_roof_is_the_lower_of_arithmetic_and_memory():
 def test_what_cannot_be_shown_is_refused(draw, words):
     with pytest.raises(ValueError, match=words):
         draw()
+
+
+def test_intervals_have_a_dot_and_a_bar_for_each_row():
+    axis = plots.intervals({"a": (1.0, 0.5, 2.0), "b": (3.0, 2.5, 3.2)}, "FD").axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]
+    assert len(axis.containers) == 2 and axis.get_xlabel() == "FD"
+
+
+@pytest.mark.parametrize("rows", [{}, {"a": (3.0, 0.5, 2.0)}])
+def test_intervals_refuse_nothing_and_an_estimate_outside(rows):
+    with pytest.raises(ValueError, match=r"at least one estimate|must lie in its interval"):
+        plots.intervals(rows, "FD")
+
+
+def test_whole_numbers_have_whole_ticks():
+    axis = plots.curves({"a": {1: 2.0, 2: 1.0, 3: 0.5}}, x_label="frame", y_label="error", logarithmic=False).axes[0]
+    assert all(tick == int(tick) for tick in axis.get_xticks())

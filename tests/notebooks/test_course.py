@@ -29,16 +29,16 @@ def sources(notebook):
 
 @EACH
 def test_a_copy_has_no_output_and_asks_before_each_result(course, path):
-    given, copy = course.read(path), course.learner(course.read(path), path.name[:2])
+    given, copy = course.read(path), course.learner(course.read(path), path.name.partition("_")[0])
     code = [cell for cell in copy.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
     asked = [cell.id for cell in given.cells if cell.cell_type == "markdown" and "**Predict.**" in cell.source]
     text = "\n".join(cell.source for cell in code)
     assert re.findall(r'^predict\("(.+?)"\)$', text, flags=re.MULTILINE) == [
-        f"{path.name[:2]}/{name}" for name in asked
+        f"{path.name.partition('_')[0]}/{name}" for name in asked
     ]
     assert re.findall(r'^compare\("(.+?)"\)$', text, flags=re.MULTILINE) == [
-        f"{path.name[:2]}/{name}" for name in asked
+        f"{path.name.partition('_')[0]}/{name}" for name in asked
     ]
     assert set(re.findall(r'# checks\.hint\("(.+?)"\)', text)) <= set(HINTS)
     nbformat.validate(copy)
@@ -46,7 +46,7 @@ def test_a_copy_has_no_output_and_asks_before_each_result(course, path):
 
 def test_every_predict_has_a_question_and_the_reverse(course):
     asked = {
-        f"{path.name[:2]}/{cell.id}"
+        f"{path.name.partition('_')[0]}/{cell.id}"
         for path in NOTEBOOKS
         for cell in course.read(path).cells
         if cell.cell_type == "markdown" and "**Predict.**" in cell.source

@@ -19,8 +19,10 @@ from diffusion_opt.lesson.checks.quantization_qat import ex_04_1, ex_04_2, ex_04
 from diffusion_opt.lesson.checks.region_cache import ex_06_1, ex_06_2, ex_06_3
 from diffusion_opt.lesson.checks.start_here import ex_00_1
 from diffusion_opt.lesson.checks.step_caching import ex_05_1, ex_05_2, ex_05_3
+from diffusion_opt.lesson.checks.the_ruler import ex_02b_1, ex_02b_2
 from diffusion_opt.lesson.checks.trajectory_distillation import FAILED_STUDENTS, ex_09_1, ex_09_2, ex_09_3
 from diffusion_opt.lesson.checks.triton_attention import ex_07_1, ex_07_2, ex_07_3
+from diffusion_opt.lesson.checks.what_a_diffusion_model_is import ex_00b_1, ex_00b_2
 from diffusion_opt.lesson.checks.why_slow import ex_01_1, ex_01_2
 
 __all__ = [
@@ -28,11 +30,15 @@ __all__ = [
     "SHARP_RING",
     "WrongAnswerError",
     "ex_00_1",
+    "ex_00b_1",
+    "ex_00b_2",
     "ex_01_1",
     "ex_01_2",
     "ex_02_1",
     "ex_02_2",
     "ex_02_3",
+    "ex_02b_1",
+    "ex_02b_2",
     "ex_03_1",
     "ex_03_2",
     "ex_03_3",

@@ -12,6 +12,14 @@ HINTS = {
         "There are two equations and two unknowns, x and e. Which of them is easy to solve for e?",
         "Put e = x + v into the equation of x_t. Then look at the shapes: t holds one time per picture.",
     ),
+    "00b_1": (
+        "Make all pairs of a place and a point first: x_t[:, None] and points, (b, n, d). Which noise belongs to each?",
+        "A softmax over the points turns the exponents into weights. Then average e - x with them.",
+    ),
+    "00b_2": (
+        "Evaluate the network twice: with `classes` and with `classes.drop()`.",
+        "Start from the velocity without the class, and go `scale` times the way to the one with it.",
+    ),
     "01_1": (
         "A product of an (n, k) matrix with a (k, m) matrix costs n k m MACs. How many such products has the layer?",
         "Four of them are (n, d) times (d, d). Two more have n x n scores on one side.",
@@ -31,6 +39,14 @@ HINTS = {
     "02_3": (
         "Use the slider above on both sides of 1 and read the error in its title.",
         "The modes are narrow, so the paths turn near the data. A shift below 1 puts more steps there.",
+    ),
+    "02b_1": (
+        "Three parts: the squared distance of the means, both traces, and twice the sum of the roots, taken off.",
+        "R from the eigenvalues and eigenvectors of cov2; then the eigenvalues of R cov1 R, their roots, the sum.",
+    ),
+    "02b_2": (
+        "First the radius of each ball: distances within `by`, sorted. Which neighbor of a point is the point itself?",
+        "Then compare the distances from `points` to `by` with the radii: inside any of the balls counts.",
     ),
     "03_1": (
         "One scale per row: which dimension of the weight does the largest size run over?",

@@ -14,11 +14,13 @@ in marker as well, so they do in print. Values stand at the bars and names at th
     matrices                    scores, masks, errors as pictures
     fits, masks                 what a cache decides by, and which steps it computed
     number_lines                what a number format can hold, and where numbers are rounded to
+    intervals                   estimates with their intervals, one named row for each
     ranges                      how the inputs of layers spread at each time
 """
 
 from diffusion_opt.lesson.plots.decisions import fits, masks
 from diffusion_opt.lesson.plots.fields import fields
+from diffusion_opt.lesson.plots.intervals import intervals
 from diffusion_opt.lesson.plots.lines import curves
 from diffusion_opt.lesson.plots.matrices import matrices
 from diffusion_opt.lesson.plots.number_lines import number_lines
@@ -37,6 +39,7 @@ __all__ = [
     "fits",
     "image_grid",
     "image_rows",
+    "intervals",
     "masks",
     "matrices",
     "number_lines",

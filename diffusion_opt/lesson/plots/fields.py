@@ -29,17 +29,18 @@ def fields(
     longest = max(float(arrows.norm(dim=1).max()) for arrows in panels.values())
     scale = max(longest, 1e-9) / (half / 4)
     side = min(3.4, WIDTH / len(panels))
-    size = (side * len(panels), side + 0.35 + (0.3 if title else 0.0))
+    size = (side * len(panels), side + 0.35 + 0.3 * bool(title) + 0.25 * bool(clouds))
     with new_figure(1, len(panels), size, sharex=True, sharey=True) as (figure, axes):
         for axis, (name, arrows) in zip(axes[0], panels.items(), strict=True):
-            for color, (cloud, points) in zip(("#BBBBBB", PALETTE[5]), (clouds or {}).items(), strict=False):
-                axis.scatter(*array(points.T), s=3, color=color, linewidths=0, label=cloud)
+            for color, (cloud, points) in zip(("#888888", PALETTE[5]), (clouds or {}).items(), strict=False):
+                axis.scatter(*array(points.T), s=6, color=color, linewidths=0, label=cloud)
             axis.quiver(
                 *array(at.T), *array(arrows.T), angles="xy", scale_units="xy", scale=scale, width=0.008, zorder=3
             )
             axis.set(xlim=(-half, half), ylim=(-half, half), xticks=[], yticks=[], aspect="equal")
             axis.set_title(name, fontsize=10)
         if clouds:
-            axes[0, 0].legend(loc="upper left", fontsize=8, markerscale=3, borderpad=0.2, frameon=True)
+            named = axes[0, 0].get_legend_handles_labels()
+            figure.legend(*named, loc="outside lower center", ncols=len(clouds), fontsize=9, markerscale=3)
         headline(figure, title)
     return figure

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from diffusion_opt.lesson.plots.style import MARKERS, PALETTE, WIDTH, new_figure, plain_ticks
 
@@ -36,11 +37,13 @@ def curves(
             axis.set(xscale="log", yscale="log")
             ticks = sorted({x for line in lines.values() for x in line})
             if all(b >= 1.2 * a for a, b in pairwise(ticks)):  # labels would overlap
-                axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+                axis.set_xticks(ticks, [f"{x:g}" if x >= 1 else f"{x:.2g}" for x in ticks])
                 axis.set_xticks([], minor=True)
             else:
                 plain_ticks(axis.xaxis)
             plain_ticks(axis.yaxis)
+        elif all(x == int(x) for line in lines.values() for x in line):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # no frame 2.5
         _reference_slopes(axis, next(iter(lines.values())), slopes)
         axis.set(xlabel=x_label, ylabel=y_label, title=title)
         axis.legend()

@@ -35,6 +35,22 @@ QUESTIONS = {
         2,
         "With guidance each step evaluates the network with the prompt and without it.",
     ),
+    "00b/train-text": Question(
+        ("yes, nearly", "no, it stays far above zero"),
+        1,
+        "Lines with different velocities pass through the same place, and no network can tell them apart there.",
+    ),
+    "00b/sample-text": Question(
+        ("yes", "no, they bend"), 1, "The expectation sharpens on the way from noise to data, so its direction changes."
+    ),
+    "00b/guidance-predict": Question(
+        ("they spread as before", "they gather, and move away from the other class"),
+        1,
+        "Guidance exaggerates what tells the class from the others, at the price of variety.",
+    ),
+    "00b/micro-text": Question(
+        ("the shape", "the details"), 0, "The shape is the mean of a class, which is learned at high noise."
+    ),
     "01/passes-predict": Question(
         ("50 steps without guidance", "30 steps with guidance", "both the same"),
         1,
@@ -60,6 +76,15 @@ QUESTIONS = {
         ("near noise", "near data"),
         1,
         "The modes are small against the noise, so the paths turn when little noise is left.",
+    ),
+    "02b/bias-text": Question(
+        ("0", "about 0.5", "more"), 2, "A covariance of 64 numbers from 100 pictures is wrong in every direction."
+    ),
+    "02b/variety-predict": Question(
+        ("precision", "recall", "both"), 1, "The pictures are as good as real ones, and nine kinds are missing."
+    ),
+    "02b/grain-text": Question(
+        ("by about 1", "by about 10", "by about 100"), 0, "The features were trained to ignore what a blur takes away."
     ),
     "03/channels-solution": Question(
         ("1.4 times per bit; 2 bits", "2 times per bit; nearly 1 bit", "4 times per bit; 3 bits"),

@@ -17,14 +17,18 @@ from diffusion_opt.lesson.solutions import (
     region_cache,
     start_here,
     step_caching,
+    the_ruler,
     trajectory_distillation,
+    what_a_diffusion_model_is,
     why_slow,
 )
 
 LESSONS = (
     start_here,
+    what_a_diffusion_model_is,
     why_slow,
     fewer_steps,
+    the_ruler,
     quantization_ptq,
     quantization_qat,
     step_caching,

@@ -1,4 +1,4 @@
-"""tools/numbers.py: the numbers that pages quote are those of their results files, and a stale one is found."""
+"""tools/quoted.py: the numbers that pages quote are those of their results files, and a stale one is found."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ RESULTS |= {"full": {"x.y": 0.0302, "half": 4.0}, "twice": 8, "note": "text"}
 
 @pytest.fixture(scope="module")
 def numbers():
-    spec = importlib.util.spec_from_file_location("tools_numbers", ROOT / "tools" / "numbers.py")
+    spec = importlib.util.spec_from_file_location("tools_quoted", ROOT / "tools" / "quoted.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

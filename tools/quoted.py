@@ -1,7 +1,7 @@
 """Numbers that README and lessons quote from `benchmarks/results`: checked, and rewritten when a result changes.
 
-    python tools/numbers.py             rewrite every quoted number that differs from its file (make numbers)
-    python tools/numbers.py --check     only say which ones differ, exit 1 if any does
+    python tools/quoted.py             rewrite every quoted number that differs from its file (make numbers)
+    python tools/quoted.py --check     only say which ones differ, exit 1 if any does
 
 `docs/numbers.toml` holds the sentences and table rows as templates. A hole names a results file, the way to a value in
 it and a format:
