@@ -31,6 +31,7 @@ from diffusion_opt.subjects import Beginning, ClassConditional, Sampling, Subjec
 from diffusion_opt.training import TrainConfig, TrainResult, is_sharded, processes, train
 from diffusion_opt.training.lora import Adapted, LoraSettings, adapters, merged, save_lora, without_adapters
 from diffusion_opt.training.settings import changed, not_finite, settings_of
+from diffusion_opt.training.trainer import alone
 
 # Measured results: the model's card, data/models/<name>/README.md.
 TEACHERS = {
@@ -77,13 +78,22 @@ def make_student(
     Trajectories are made in `pairs_folder`, by default `out/pairs`, and shared by all students that name it. `method`
     takes the place of the plan's, for experiments with its options; `subject` that of the teacher's name, for pipelines
     that are no class-conditional ones. Raises ValueError if a folder holds work of another plan, teacher, start, data
-    or other settings, if the start does not fit the method or there is no data for it, and FloatingPointError for a
-    teacher that is not finite.
+    or other settings, if the start does not fit the method or there is no data for it, FloatingPointError for a
+    teacher that is not finite, and FolderInUseError while another run makes a student in `out`.
     """
     method = method or method_named(plan.method)
     subject = subject or ClassConditional.open(plan.teacher, device)
     plan = plan.settled(subject)
     check_method(method, subject)
+    with alone(out, processes(), "student"):  # training locks for itself; the record and the pipeline are ours
+        return _made(plan, method, subject, config, out, pairs_folder, progress)
+
+
+def _made(
+    plan: StudentPlan, method: Method, subject: Subject, config: TrainConfig, out: Path, pairs_folder: Path | None,
+    progress: bool,
+) -> tuple[DiffusionPipeline, TrainResult]:  # fmt: skip
+    """The student of a settled plan, in a folder that is held."""
     if method.images != "none":
         subject = subject.with_data(plan.num_images, plan.classes)
     check_teacher(subject)

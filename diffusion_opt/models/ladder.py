@@ -13,6 +13,7 @@ al. 2023, arXiv 2303.01469, algorithm 1; diffusers' `FlowMatchLCMScheduler`). Th
 their generator to the scheduler, which then draws that noise from the global one; `seeded_steps` hands it over.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -61,6 +62,19 @@ def ladder_of(ladders: Sequence[Sequence[float]], steps: int, sigmas: Sequence[f
     raise ValueError(
         f"this student was trained for {known} steps, got num_inference_steps={steps}; other times need other training"
     )
+
+
+def repeats_seeds(pipe: DiffusionPipeline) -> bool:
+    """Whether the noise that the scheduler adds at each step, if any, comes from the generator of the call.
+
+    Pipelines hand it over only where they ask which arguments the scheduler's step takes; ours does so by itself.
+    """
+    kind, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    noise = config.get("stochastic_sampling") or "sde" in config.get("algorithm_type", "") or "LCM" in kind
+    handed = "generator" in inspect.signature(pipe.scheduler.step).parameters and hasattr(
+        pipe, "prepare_extra_step_kwargs"
+    )
+    return not noise or handed or getattr(pipe, "class_embedder", None) is not None
 
 
 @contextmanager

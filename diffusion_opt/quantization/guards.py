@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 _DOORS = ("save_pretrained", "fuse_lora", "load_lora_adapter", "add_adapter")
@@ -64,6 +65,16 @@ def open_doors(transformer: nn.Module) -> None:
     """Give the transformer the methods of its class back."""
     for name in _DOORS:
         vars(transformer).pop(name, None)
+
+
+def close_saving(pipe: DiffusionPipeline, reason: str) -> None:
+    """Let the pipeline's `save_pretrained` raise before it writes a file; its networks refuse only in their turn."""
+    pipe.save_pretrained = _Closed(reason)
+
+
+def open_saving(pipe: DiffusionPipeline) -> None:
+    """Give the pipeline its `save_pretrained` back."""
+    vars(pipe).pop("save_pretrained", None)
 
 
 def refuse_adapters(transformer: nn.Module, act: str) -> None:

@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffusion_opt.quantization.formats import Format, format_named
+from diffusion_opt.quantization.guards import FLOAT_SAVE, close_saving, open_saving
 from diffusion_opt.quantization.policy import as_tuple, choose
 from diffusion_opt.quantization.simulation.calibration import run_or_classes, run_trajectories
 from diffusion_opt.quantization.simulation.simulate import UNDO, Ranges, restore, simulate_networks
@@ -97,6 +98,7 @@ class PTQ:
         needs_data = any(format.needs_data for own in formats.values() for format in own.values())
         loop = self._loop(pipe) if needs_data else None
         simulate_networks(networks, formats, loop, self.ranges, self.percentile, least=self.samples)
+        close_saving(pipe, FLOAT_SAVE)
         return pipe
 
     def _loop(self, pipe: DiffusionPipeline) -> Callable[[], None]:
@@ -111,6 +113,7 @@ class PTQ:
             raise ValueError("cannot remove modelopt's quantizers from this pipeline: they were not applied")
         for network in networks:
             restore(network)
+        open_saving(pipe)
 
     def describe(self) -> str:
         names = {self.format} if self.layers is None else set(self.layers.values())

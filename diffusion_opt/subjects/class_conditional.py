@@ -43,8 +43,14 @@ class ClassConditional:
 
     @classmethod
     def open(cls, name: str, device: str = "cpu") -> "ClassConditional":
-        """A shipped model or a folder, without images."""
-        return cls(load(name, device=device), name)
+        """A shipped model or a folder, without images. Raises ValueError for a pipeline of another class."""
+        pipe = load(name, device=device)
+        if not isinstance(pipe, TinyFlux2Pipeline):
+            raise ValueError(
+                f"{name} is a {type(pipe).__name__}, which has no classes of its own: it is distilled with prompts, "
+                "subject=PromptedPipeline(pipe, Run(prompts, …))"
+            )
+        return cls(pipe, name)
 
     @property
     def device(self) -> torch.device:

@@ -21,6 +21,8 @@ from typing import Any, Self
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusion_opt.models.ladder import repeats_seeds
+
 _OWN = ("prompts", "batch_size", "seed", "arguments")  # what a pipeline's call does not take by this name
 _SET_HERE = ("prompt", "generator", "output_type", "return_dict", "latents", "callback_on_step_end")
 
@@ -81,7 +83,15 @@ class Run:
         return {name: value for name, value in named.items() if value is not None} | dict(self.arguments)
 
     def check(self, pipe: DiffusionPipeline) -> None:
-        """Raise ValueError if the pipeline's call has no argument of a name that the run sets, or wants one more."""
+        """Raise ValueError if the pipeline's call has no argument of a name that the run sets, or wants one more, and
+        if its scheduler adds noise that no seed repeats.
+        """
+        if not repeats_seeds(pipe):
+            raise ValueError(
+                f"{type(pipe.scheduler).__name__} adds noise at each step, and {type(pipe).__name__} does not hand it "
+                "the generator of the call, so no seed repeats a sample: use models.student_scheduler.StudentScheduler"
+                "(ladders, renoise=True), or a scheduler without noise"
+            )
         taken = inspect.signature(type(pipe).__call__).parameters
         known, open_ended = set(taken), True
         for owner in type(pipe).__mro__:  # a call that hands on what it does not know takes what its parent takes

@@ -280,13 +280,13 @@ def _say(budget: dict[str, float | None]) -> str:
 
 
 @contextmanager
-def _alone(out: Path, among: Processes) -> Iterator[None]:
-    """Hold the folder for this run: the first process takes the lock, and all raise FolderInUseError if it cannot."""
+def alone(out: Path, among: Processes, work: str = "training") -> Iterator[None]:
+    """Hold the folder for one kind of work: the first process takes the lock, all raise FolderInUseError without it."""
     with ExitStack() as stack:
         refusal = None
         if among.is_main:
             try:
-                stack.enter_context(folder_lock(out, "training"))
+                stack.enter_context(folder_lock(out, work))
             except FolderInUseError as error:
                 refusal = error
         if among.largest(float(refusal is not None))[0]:
@@ -305,7 +305,7 @@ def train(distiller: Distiller, config: TrainConfig, out: Path, progress: bool =
     """
     among = processes()
     refuse_damaged(distiller)
-    with _alone(out, among):
+    with alone(out, among):
         run = _Run(distiller, config, out, among)
         state = run.state
         writes = among.is_main

@@ -8,7 +8,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from small_pipelines import small_pipeline
+from tiny_pipelines import tiny_pipeline
 
+from diffusion_opt.datasets import FolderInUseError, folder_lock
 from diffusion_opt.distillation.builders import RENOISED
 from diffusion_opt.distillation.make import TEACHERS, StudentPlan, make_student, make_teacher, student_pipeline
 from diffusion_opt.distillation.methods import METHODS
@@ -217,3 +219,15 @@ def test_presets_cover_what_ships() -> None:
     assert METHODS["ode"].presets.keys() == {1, 2, 4}
     shipped = METHODS["flow_map"].presets[4]
     assert (shipped.minutes, shipped.learning_rate, shipped.ema_decay) == (45, 5e-4, 0.998)
+
+
+def test_a_folder_in_which_a_student_is_made_is_held(tmp_path: Path) -> None:
+    """From the record on to the pipeline, not for the training alone; and another class of teacher is told apart."""
+    with folder_lock(tmp_path, "student"), pytest.raises(FolderInUseError, match=r"in use \(student\) by process"):
+        make_student(StudentPlan("fashion-micro", "consistency", 1), TrainConfig(steps=1), tmp_path)
+    assert not (tmp_path / "student.json").exists()
+    tiny_pipeline("sd3").save_pretrained(tmp_path / "sd3")
+    with pytest.raises(
+        ValueError, match=r"StableDiffusion3Pipeline, which has no classes.*it is distilled with prompts"
+    ):
+        make_student(StudentPlan(str(tmp_path / "sd3"), "ode", 1), TrainConfig(steps=1), tmp_path / "out")

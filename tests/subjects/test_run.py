@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, WanImageToVideoPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    StableDiffusionXLPipeline,
+    WanImageToVideoPipeline,
+)
 from PIL import Image
 from small_pipelines import small_pipeline
+from tiny_pipelines import tiny_pipeline, tiny_run
 
+from diffusion_opt.models.student_scheduler import StudentScheduler
 from diffusion_opt.subjects import Run, denoisers
 
 
@@ -86,3 +93,19 @@ def test_a_pipeline_with_a_unet_is_refused_with_the_reason() -> None:
         denoisers(pipe)
     with pytest.raises(ValueError, match="no transformer that denoises"):
         denoisers(object.__new__(StableDiffusionXLPipeline))
+
+
+def test_noise_that_no_seed_repeats_is_refused() -> None:
+    """FLUX.2's pipeline hands no generator to its scheduler; Sana's does, and so does ours."""
+    stock = tiny_pipeline("flux2-klein")
+    run = tiny_run("flux2-klein")
+    run.check(stock)
+    for scheduler in (FlowMatchLCMScheduler(), FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)):
+        stock.scheduler = scheduler
+        with pytest.raises(ValueError, match=r"adds noise at each step, and Flux2KleinPipeline does not hand it"):
+            run.check(stock)
+    stock.scheduler = StudentScheduler([[1.0, 0.5]], renoise=True)
+    run.check(stock)
+    own = small_pipeline()
+    own.scheduler = FlowMatchLCMScheduler()
+    Run.for_pipeline(own)

@@ -20,7 +20,9 @@ from diffusion_opt.quantization.guards import (
     EIGHT_BIT,
     NO_STATE_DICT,
     close_doors,
+    close_saving,
     open_doors,
+    open_saving,
     refuse_offloading,
 )
 from diffusion_opt.quantization.policy import LayerChoice, choose
@@ -91,6 +93,7 @@ def exchange(
         # a plain object, so that the modules it keeps are no part of the model
         setattr(network, UNDO, KeptAside(technique, floats, _type_of_rest(network)))
         close_doors(network, EIGHT_BIT)
+    close_saving(pipe, EIGHT_BIT["save_pretrained"])
 
 
 def layers_to_replace(
@@ -141,6 +144,7 @@ def put_back(pipe: DiffusionPipeline, technique: str) -> None:
         delattr(network, UNDO)
         open_doors(network)
         forget(network)
+    open_saving(pipe)
 
 
 def _type_of_rest(network: nn.Module) -> torch.dtype:

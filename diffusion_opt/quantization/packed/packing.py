@@ -28,7 +28,14 @@ from diffusion_opt.quantization.arithmetic.fp8 import fp8
 from diffusion_opt.quantization.arithmetic.int8 import int8
 from diffusion_opt.quantization.exact import apply_keeping
 from diffusion_opt.quantization.formats import Format, Numbers
-from diffusion_opt.quantization.guards import NO_STATE_DICT, PACKED, close_doors, refuse_adapters, refuse_offloading
+from diffusion_opt.quantization.guards import (
+    NO_STATE_DICT,
+    PACKED,
+    close_doors,
+    close_saving,
+    refuse_adapters,
+    refuse_offloading,
+)
 from diffusion_opt.quantization.packed.encoding import Encoded, Shape, decode, encode, layout
 from diffusion_opt.quantization.simulation.cpu_backend import round_blocks
 from diffusion_opt.quantization.simulation.simulate import restore, simulated_formats
@@ -128,6 +135,7 @@ def pack(pipe: DiffusionPipeline) -> DiffusionPipeline:
             for layer_name, layer in packed[name].items():
                 network.set_submodule(layer_name, layer)
         close_doors(network, PACKED)
+    close_saving(pipe, PACKED["save_pretrained"])
     return pipe
 
 

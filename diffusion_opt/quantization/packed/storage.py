@@ -39,6 +39,7 @@ from diffusion_opt.models.opening import AUTO, Dtype, as_dtype, place, settled, 
 from diffusion_opt.models.zoo import QUANTIZED, forget_origin, locate, open_pipeline, refuse_recipe
 from diffusion_opt.quantization.attention.low_precision import LowPrecisionAttention, attention_of
 from diffusion_opt.quantization.faster import bfloat16
+from diffusion_opt.quantization.guards import PACKED, close_saving
 from diffusion_opt.quantization.packed.network import FILE, load_network, main_type, packed_layers, save_network
 from diffusion_opt.quantization.simulation.simulate import simulated_formats
 from diffusion_opt.subjects import denoisers
@@ -130,6 +131,7 @@ def load_quantized(
         for name, about in record["networks"].items()
     }
     pipe = place(open_pipeline(folder, dtypes, **parts), device, offload)
+    close_saving(pipe, PACKED["save_pretrained"])
     return pipe if record["attention"] is None else LowPrecisionAttention(**record["attention"]).apply(pipe)
 
 
