@@ -85,15 +85,6 @@ def make_student(
     subject = subject or ClassConditional.open(plan.teacher, device)
     plan = plan.settled(subject)
     check_method(method, subject)
-    with alone(out, processes(), "student"):  # training locks for itself; the record and the pipeline are ours
-        return _made(plan, method, subject, config, out, pairs_folder, progress)
-
-
-def _made(
-    plan: StudentPlan, method: Method, subject: Subject, config: TrainConfig, out: Path, pairs_folder: Path | None,
-    progress: bool,
-) -> tuple[DiffusionPipeline, TrainResult]:  # fmt: skip
-    """The student of a settled plan, in a folder that is held."""
     if method.images != "none":
         subject = subject.with_data(plan.num_images, plan.classes)
     check_teacher(subject)
@@ -124,15 +115,16 @@ def _fitted(
     """Train the student of a task, and keep it with what it belongs to."""
     distiller = method.build(task)
     belongs |= {"settings": settings_of(distiller)}
-    record.check(out, belongs)
-    belongs |= {"training": record.as_json(asdict(config))}
-    record.note(out, belongs, finished=False)
-    results = method.fit(task, config, out, progress, distiller)
-    for steps, result in results.items():
-        last, sampling = steps == plan.steps, sampling_of(plan, method, task.two_time, steps)
-        folder = out if last else out / f"steps-{steps}"
-        made = _keep(task.subject, beginning, result, folder, sampling, copied=not last)
-    record.note(out, belongs, finished=result.finished)
+    with alone(out, processes(), "student"):  # training holds its checkpoints; record and pipeline are held here
+        record.check(out, belongs)
+        belongs |= {"training": record.as_json(asdict(config))}
+        record.note(out, belongs, finished=False)
+        results = method.fit(task, config, out, progress, distiller)
+        for steps, result in results.items():
+            last, sampling = steps == plan.steps, sampling_of(plan, method, task.two_time, steps)
+            folder = out if last else out / f"steps-{steps}"
+            made = _keep(task.subject, beginning, result, folder, sampling, copied=not last)
+        record.note(out, belongs, finished=result.finished)
     return made, result
 
 
