@@ -8,6 +8,7 @@ from diffusion_opt.evaluation.judges.judge import Judge, Number, ratio
 from diffusion_opt.evaluation.judges.named import JUDGES, judge_named, judged, register
 from diffusion_opt.evaluation.judges.own import Own
 from diffusion_opt.evaluation.judges.paired import PairedJudge
+from diffusion_opt.evaluation.judges.portraits import PortraitsJudge
 from diffusion_opt.evaluation.judges.real import RealPictures
 from diffusion_opt.evaluation.judges.statistics import StatisticsJudge
 
@@ -21,6 +22,7 @@ __all__ = [
     "Number",
     "Own",
     "PairedJudge",
+    "PortraitsJudge",
     "RealPictures",
     "StatisticsJudge",
     "at_teacher_quality",

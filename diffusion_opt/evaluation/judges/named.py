@@ -12,6 +12,7 @@ from diffusion_opt.evaluation.judges.imagenet import ImageNetJudge
 from diffusion_opt.evaluation.judges.judge import Judge, Number, Prompts
 from diffusion_opt.evaluation.judges.own import Own
 from diffusion_opt.evaluation.judges.paired import PairedJudge
+from diffusion_opt.evaluation.judges.portraits import PortraitsJudge
 from diffusion_opt.evaluation.judges.real import RealPictures
 from diffusion_opt.evaluation.judges.statistics import StatisticsJudge
 from diffusion_opt.names import add, nearest
@@ -22,6 +23,7 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "statistics": StatisticsJudge,
     "paired": PairedJudge,
     "clips": ClipsJudge,
+    "portraits": PortraitsJudge,
 }
 Chosen = str | Judge | Callable[..., Any]
 

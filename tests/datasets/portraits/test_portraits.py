@@ -39,12 +39,12 @@ def test_composed_svg_equals_dicebear_byte_by_byte():
 
 
 def test_no_mark_is_left_in_any_portrait():
-    assert not [p for p in sample(300, 1) if "{" in svg_of(p)]
+    assert not [p for p in sample(150, 1) if "{" in svg_of(p)]
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_value_changes_the_picture(style):
-    """Each value of each attribute gives a picture of its own: at least 1 % of the pixels differ from every other."""
+    """Each value of each attribute gives a picture of its own: at least 0.2 % of the pixels differ from every other."""
     base = next(p for p in sample(200, 3) if p.style == style and p.hair_color not in (None, "black"))
     for name, values in ATTRIBUTES[style].items():
         colorless = {"hair_color": None}
@@ -65,10 +65,10 @@ def test_pictures_are_exact_and_of_any_size():
 
 def test_samples_are_uniform_within_each_style():
     """Counts of each value within five standard deviations of equal, in the train split."""
-    portraits = sample(7000, 0)
+    portraits = sample(3500, 0)
     styles = Counter(p.style for p in portraits)
     for style in STYLES:
-        assert abs(styles[style] - 1000) < 5 * 1000**0.5
+        assert abs(styles[style] - 500) < 5 * 500**0.5
         for name, values in allowed(style).items():
             counts = Counter(getattr(p, name) for p in portraits if p.style == style)
             counts.pop(None, None)  # bald heads

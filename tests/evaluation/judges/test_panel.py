@@ -45,8 +45,9 @@ class Gap(Metric):
 
 def test_all_judges_side_by_side(pictures: Tensor, labels: Tensor, fashion: RealPictures) -> None:
     some, asked = pictures[:100], labels[:100]
-    found = judged(JUDGES, some, asked, real="fashion", teacher=some.roll(10, 0), resamples=5)
-    assert {name.split(".")[0] for name in found} == set(JUDGES)
+    of_any_picture = set(JUDGES) - {"clips", "portraits"}  # those two know a world of their own
+    found = judged(of_any_picture, some, asked, real="fashion", teacher=some.roll(10, 0), resamples=5)
+    assert {name.split(".")[0] for name in found} == of_any_picture
     assert all(number.num == 100 for number in found.values())
     stored = json.loads(json.dumps({name: number.to_dict() for name, number in found.items()}))
     assert {name: Number(**number) for name, number in stored.items()} == found
