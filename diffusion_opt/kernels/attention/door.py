@@ -183,7 +183,24 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, row: str) -> str
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     for kernel in (row, *(BACKWARD.get(row, ()) if trains else ())):
         launch(row_of(kernel, q.dtype, mask is not None), arch, q.shape[-1])
-    return "an interpreted Triton kernel" if runtime.mode(q) == "interpret" else f"a Triton kernel for sm_{arch}"
+    if runtime.mode(q) == "interpret":
+        return "an interpreted Triton kernel"
+    return f"a Triton kernel for sm_{arch}{_form(q, k, v, mask, row, trains)}"
+
+
+def _form(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, row: str, trains: bool) -> str:
+    """Of a kernel with two forms, which one serves these tensors and why it is not the other."""
+    if row == "dense_forward":
+        from diffusion_opt.kernels.attention.dense import specialized  # Triton exists on Linux only
+
+        reason = specialized.why_not(q, k, v, mask)
+        return ", its warps specialized" if reason is None else f", its warps all of one kind ({reason})"
+    if row == "fp4_forward":
+        from diffusion_opt.kernels.attention.fp4 import blackwell
+
+        reason = blackwell.why_not(q, k, mask, trains)
+        return " on FP4 matrix units" if reason is None else f" that simulates FP4 ({reason})"
+    return ""
 
 
 def _place(q: Tensor) -> str:

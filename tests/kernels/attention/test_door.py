@@ -9,7 +9,9 @@ from torch import Tensor
 
 from diffusion_opt.kernels import runtime
 from diffusion_opt.kernels.attention import door as front
+from diffusion_opt.kernels.attention.dense import specialized
 from diffusion_opt.kernels.attention.door import CachedRegion, Choice, attention, choose, explain
+from diffusion_opt.kernels.attention.fp4 import blackwell
 from diffusion_opt.kernels.attention.region.operator import Region
 from diffusion_opt.kernels.attention.sparse.masks import BlockMask
 from diffusion_opt.kernels.attention.sparse.operator import block_sparse_attention
@@ -39,6 +41,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
     monkeypatch.setattr(runtime, "mode", lambda tensor: "cuda")
     monkeypatch.setattr(runtime, "architecture", lambda device: arch)
+    monkeypatch.setattr(specialized, "obstacle", lambda *_: None)  # what the device itself would be asked
+    monkeypatch.setattr(blackwell, "obstacle", lambda *_: None)
 
 
 def test_dense_is_torchs_attention_to_the_bit_on_a_cpu():
@@ -123,10 +127,22 @@ def test_explain_on_a_cpu(options, sentence):
 
 
 def test_explain_on_a_gpu_names_the_kernel(hopper):
-    want = "dense attention by a Triton kernel for sm_90: q is a CUDA tensor of bfloat16 with heads of 128"
-    assert explain(*qkv(kind=torch.bfloat16, d=128)) == want
+    place = "q is a CUDA tensor of bfloat16 with heads of 128"
+    half = qkv(kind=torch.bfloat16, d=128)
+    assert explain(*half) == f"dense attention by a Triton kernel for sm_90, its warps specialized: {place}"
+    mask = torch.ones(half[0].shape[2], half[1].shape[2], dtype=torch.bool)
+    assert "sm_90, its warps all of one kind (there is a mask): q is" in explain(*half, mask)
     for precision in LOW:
         assert "a Triton kernel for sm_90" in explain(*qkv(), precision=precision)
+
+
+def test_explain_says_whether_fp4_is_real(monkeypatch):
+    half = qkv(kind=torch.bfloat16, d=128)
+    for arch, words in ((90, "that simulates FP4 (sm_90 has no FP4 matrix units)"), (120, "on FP4 matrix units: q is")):
+        pretend_gpu(monkeypatch, arch)
+        assert words in explain(*half, precision="nvfp4")
+    monkeypatch.setattr(blackwell, "obstacle", lambda *_: "they do not run here: no such device")
+    assert "that simulates FP4 (they do not run here: no such device)" in explain(*half, precision="nvfp4")
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,25 @@ def specialized_kernel(
 
 def served(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> LaunchConfig | None:
     """The launch table's choice for these tensors on their GPU; None: the plain kernel serves them."""
+    return None if why_not(q, k, v, mask) else chosen(ROW, q.shape[-1])[runtime.architecture(q.device)]
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
+    """Why the plain kernel serves these tensors on their GPU; None: it does not."""
     arch = runtime.architecture(q.device)
-    possible = mask is None and q.dtype in HALVES and q.numel() > 0 and k.shape[2] > 0 and fits(q, k, v)
-    if not possible or arch not in LAUNCH[ROW] or padded_head_dim(q.shape[-1]) not in LAUNCH[ROW][arch]:
-        return None
-    if obstacle(q.device, q.dtype, padded_head_dim(q.shape[-1])) is not None:
-        return None
-    return chosen(ROW, q.shape[-1])[arch]
+    if arch not in LAUNCH[ROW]:
+        return f"sm_{arch} has no warps to specialize"
+    if padded_head_dim(q.shape[-1]) not in LAUNCH[ROW][arch]:
+        return f"heads of {q.shape[-1]} have no launch choice there"
+    if mask is not None:
+        return "there is a mask"
+    if q.dtype not in HALVES:
+        return "q is not in half precision"
+    if q.numel() == 0 or k.shape[2] == 0:
+        return "there is nothing to compute"
+    if not fits(q, k, v):
+        return "the layout of q, k or v does not fit tensor descriptors"
+    return obstacle(q.device, q.dtype, padded_head_dim(q.shape[-1]))
 
 
 @cache

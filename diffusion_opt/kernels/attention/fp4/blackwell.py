@@ -132,12 +132,23 @@ def forward(x: PackedOperands, scale: float, out: Tensor, num_keys: int, choice:
 
 def served(q: Tensor, k: Tensor, mask: Tensor | None, trains: bool) -> LaunchConfig | None:
     """The launch table's choice for these tensors on their GPU; None: the simulation serves them."""
+    return None if why_not(q, k, mask, trains) else chosen(ROW, q.shape[-1])[runtime.architecture(q.device)]
+
+
+def why_not(q: Tensor, k: Tensor, mask: Tensor | None, trains: bool) -> str | None:
+    """Why the simulation serves these tensors on their GPU; None: it does not."""
     arch, d = runtime.architecture(q.device), q.shape[-1]
-    if mask is not None or trains or q.numel() == 0 or k.shape[2] == 0:
-        return None
-    if arch not in LAUNCH[ROW] or d != padded_head_dim(d) or d not in LAUNCH[ROW][arch]:
-        return None
-    return chosen(ROW, d)[arch] if obstacle(q.device, d) is None else None
+    if arch not in LAUNCH[ROW]:
+        return f"sm_{arch} has no FP4 matrix units"
+    if d != padded_head_dim(d) or d not in LAUNCH[ROW][arch]:
+        return f"heads of {d} have no launch choice there"
+    if mask is not None:
+        return "there is a mask"
+    if trains:
+        return "a gradient is wanted"
+    if q.numel() == 0 or k.shape[2] == 0:
+        return "there is nothing to compute"
+    return obstacle(q.device, d)
 
 
 @cache
