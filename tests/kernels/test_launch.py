@@ -14,6 +14,7 @@ from diffusion_opt.kernels.launch import (
     padded_head_dim,
     row_of,
 )
+from diffusion_opt.kernels.quantizers.oracle import EIGHT_BIT_KEYS
 
 
 def test_every_choice_is_a_tile_of_matrix_units():
@@ -69,3 +70,10 @@ def test_head_dimensions_are_padded_to_powers_of_two():
     assert [padded_head_dim(d) for d in (1, 16, 17, 72, 128, 129, 256)] == [16, 16, 32, 128, 128, 256, 256]
     small, large = launch("dense_forward", 90, 64), launch("dense_forward", 90, 128)
     assert heads(small, large) == {16: small, 32: small, 64: small, 128: large}
+
+
+def test_the_tile_of_the_8_bit_oracle_is_that_of_sm_90_without_a_mask():
+    for kernel in ("int8_scores_fp16_values", "int8_scores_fp8_values", "fp8_scores_fp8_values"):
+        for arch, by_dim in LAUNCH[kernel].items():
+            assert by_dim[128].block_n == EIGHT_BIT_KEYS if arch == 90 else by_dim[128].block_n <= 64
+        assert all(choice.block_n <= 64 for by_dim in LAUNCH[f"{kernel}_masked"].values() for choice in by_dim.values())

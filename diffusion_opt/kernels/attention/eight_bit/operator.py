@@ -2,7 +2,9 @@
 
 The operator takes codes and scales, not q, k, v, so that a caller who keeps keys quantized (a cache over denoising
 steps) pays for quantization once. INT8 or FP8 scores follow from the type of the codes. On a CPU it is the plain
-PyTorch of `oracle.py`, which rounds weights over tiles of 128 keys.
+PyTorch of `oracle.py`, which rounds weights over tiles of 128 keys. That is the tile of sm_90 for heads of up to 128
+numbers without a mask. With a mask, and on other GPUs, tiles are of 64 keys or 32 (`launch.py`), where weights are
+rounded against another running maximum: `oracle.attention_8bit` with that `key_tile` is the reference there.
 
 There is no gradient: these are for inference. Training under quantization is `fp4/operator.py`.
 """
