@@ -18,6 +18,7 @@ _DOOR = {
     "load": "diffusion_opt.recipes.saving",  # models.load, for packed weights and saved recipes too
     "save": "diffusion_opt.recipes.saving",
     "velocity_model": "diffusion_opt.models",
+    "stream": "diffusion_opt.models.causal",
     "Recipe": "diffusion_opt.recipes",
     "apply": "diffusion_opt.recipes",
     "measure": "diffusion_opt.recipes",

@@ -44,6 +44,7 @@ COMMANDS = {
     "quantize": Command(_CLI + "quantize:quantize", "MODEL", "fewer bits, by calibration or training; saved packed"),
     "distill": Command(_CLI + "training:distill", "--teacher MODEL", "a student of few steps"),
     "train": Command(_CLI + "training:train", "teacher", "a shipped model from scratch"),
+    "video train": Command(_CLI + "video:train", "STAGE", "a teacher of steered clips"),
     "kernels report": Command(_CLI + "kernels:report", "", "what each Triton kernel compiles to on each GPU"),
     "kernels explain": Command(_CLI + "kernels:explain", "", "which attention code runs on this machine"),
 }
@@ -52,7 +53,7 @@ SECTIONS = {
     "With any pipeline (MODEL: a shipped name, a folder, or a name of the hub)": (
         "generate", "plan", "measure", "apply", "cache calibrate", "cache search", "cache compare", "quantize",
     ),
-    "Make models": ("distill", "train"),
+    "Make models": ("distill", "train", "video train"),
     "Look inside": ("kernels report", "kernels explain"),
 }  # fmt: skip
 EXAMPLES = (
