@@ -303,9 +303,9 @@ QUESTIONS = {
         "A frozen network needs a gradient to its inputs only, one pass more for each of its passes: 3 + 4 + 2.",
     ),
     "11/count-reading": Question(
-        ("all but one or two", "about half", "none"),
-        0,
-        "Five other rows overlap with the best one; all the rest lie behind it.",
+        ("all of them", "about two thirds", "none"),
+        1,
+        "The intervals of five other rows overlap with that of the best one; the rest lie behind it.",
     ),
     "11/held-back-text": Question(
         ("ode", "flow_map", "dmd2"),
