@@ -69,11 +69,13 @@ def repeats_seeds(pipe: DiffusionPipeline) -> bool:
 
     Pipelines hand it over only where they ask which arguments the scheduler's step takes; ours does so by itself.
     """
-    kind, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        return True
+    kind, config = type(scheduler).__name__, scheduler.config
     noise = config.get("stochastic_sampling") or "sde" in config.get("algorithm_type", "") or "LCM" in kind
-    handed = "generator" in inspect.signature(pipe.scheduler.step).parameters and hasattr(
-        pipe, "prepare_extra_step_kwargs"
-    )
+    asks = hasattr(pipe, "prepare_extra_step_kwargs")
+    handed = asks and "generator" in inspect.signature(scheduler.step).parameters
     return not noise or handed or getattr(pipe, "class_embedder", None) is not None
 
 
