@@ -22,6 +22,11 @@ _DOOR = {
     "Recipe": "diffusion_opt.recipes",
     "apply": "diffusion_opt.recipes",
     "measure": "diffusion_opt.recipes",
+    "search": "diffusion_opt.recipes.search",
+    "preset": "diffusion_opt.recipes.presets",
+    "advise": "diffusion_opt.recipes.advice",
+    "Objective": "diffusion_opt.recipes.search",
+    "Budget": "diffusion_opt.recipes.search",
 }
 __all__ = ["__version__", *_DOOR]
 

@@ -41,6 +41,16 @@ SHIPPED = {
     )
 }
 
+KNOWN = {  # models whose configurations are shipped (`subjects/known`), by their names on the hub
+    "flux2-dev": "black-forest-labs/FLUX.2-dev",
+    "flux2-klein-base": "black-forest-labs/FLUX.2-klein-base-4B",
+    "flux2-klein": "black-forest-labs/FLUX.2-klein-4B",
+    "ltx-2": "Lightricks/LTX-2",
+    "wan2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "wan2.2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+}
+
 METHODS = (  # of distillation, as `distillation/methods.py` registers them; plugins bring others
     "finetune", "guidance", "ode", "reflow", "progressive", "flow_map", "shortcut", "mean_flow", "mean_flow_difference",
     "mean_flow_data", "consistency", "tcm", "consistency_training", "scm", "lcm", "refine", "dmd2", "dmd2_gan",

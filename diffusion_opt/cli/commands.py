@@ -36,7 +36,9 @@ COMMANDS = {
     "demo": Command(_CLI + "demo:demo", "", "every technique on the shipped model, measured"),
     "generate": Command(_CLI + "generate:generate", "MODEL", "pictures or clips"),
     "plan": Command(_CLI + "plan:plan", "MODEL", "bytes and arithmetic, before a weight is read"),
+    "advise": Command(_CLI + "advise:advise", "MODEL", "what applies to it, in which order, what to type"),
     "measure": Command(_CLI + "measure:measure", "MODEL", "speed, cost, memory, and what judges say"),
+    "search": Command(_CLI + "search:search", "MODEL", "the fastest recipe within a loss of quality"),
     "apply": Command(_CLI + "apply:apply", "MODEL", "put a recipe on, and save what opens with it"),
     "cache calibrate": Command(_CLI + "cache:calibrate", "MODEL", "what TeaCache, MagCache and step tables need"),
     "cache search": Command(_CLI + "cache:search", "MODEL", "which steps to compute, for each budget"),
@@ -51,7 +53,8 @@ COMMANDS = {
 SECTIONS = {
     "Start here": ("doctor", "demo"),
     "With any pipeline (MODEL: a shipped name, a folder, or a name of the hub)": (
-        "generate", "plan", "measure", "apply", "cache calibrate", "cache search", "cache compare", "quantize",
+        "generate", "plan", "advise", "measure", "search", "apply", "cache calibrate", "cache search", "cache compare",
+        "quantize",
     ),
     "Make models": ("distill", "train", "video train"),
     "Look inside": ("kernels report", "kernels explain"),

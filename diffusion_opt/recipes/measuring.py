@@ -5,6 +5,7 @@ clips in [-1, 1], and the network whose passes are counted. A class-conditional 
 more. Any other one needs a `Run`, which says what to ask of it: prompts, steps, sizes.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffusion_opt.evaluation import Measurement, Rung, measure_together
+from diffusion_opt.models.call_defaults import call_defaults
+from diffusion_opt.recipes.sampling import is_solved
 from diffusion_opt.subjects import Run, denoisers
 
 
@@ -34,6 +37,15 @@ def _made(pipe: DiffusionPipeline, prompts: list, generator: torch.Generator, se
         settings = settings | {"negative_prompt": [settings["negative_prompt"]] * len(prompts)}
     made = pipe(prompt=prompts, generator=generator, output_type="pt", return_dict=False, **settings)[0]
     return made.float() * 2 - 1
+
+
+def run_under(pipe: DiffusionPipeline, run: Run) -> Run:
+    """The run as a pipeline with a student or a solver on it is asked: not the teacher's steps, nor its guidance."""
+    own = call_defaults(pipe)
+    distilled = bool(pipe.config.get("is_distilled")) or "sigmas" in own
+    left = {"num_inference_steps"} if distilled or "num_inference_steps" in own or is_solved(pipe) else set()
+    left |= {"guidance_scale"} if distilled or "guidance_scale" in own else set()
+    return replace(run, **dict.fromkeys(left))
 
 
 def measure(

@@ -205,6 +205,11 @@ class Compile:
         torch.compiler.reset()
 
 
+def is_solved(pipe: DiffusionPipeline) -> bool:
+    """Whether `Solver` is on a pipeline."""
+    return Solver.__name__ in pipe.__dict__.get(_UNDO, {})
+
+
 def is_compiled(pipe: DiffusionPipeline) -> bool:
     """Whether `Compile` is on a pipeline."""
     return Compile.__name__ in pipe.__dict__.get(_UNDO, {})

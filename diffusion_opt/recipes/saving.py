@@ -140,8 +140,14 @@ def _on(pipe: DiffusionPipeline, folder: Path) -> list[Technique]:
             f"a technique is on this pipeline that no recipe put there (it changes the {kind.name}): remove it and "
             "apply it with Recipe((…,)).apply(pipe), so that the folder can say it"
         )
+    outside = {kind for kind, technique in known.items() if not type(technique).__module__.startswith("diffusion_opt.")}
+    for kind in outside & {WHAT, HOW, STORED}:
+        raise ValueError(
+            f"{type(known[kind]).__name__} of a plugin changes the {kind.name}, and whether files hold that is not "
+            "known here: remove it, save, and apply it again"
+        )
     lasting = known.keys() & {WHAT, HOW, STORED} - ({STORED} if isinstance(known.get(STORED), Bfloat16) else set())
-    return [technique for kind, technique in known.items() if kind in found | lasting]
+    return [technique for kind, technique in known.items() if kind in found | lasting | outside]
 
 
 def _found(pipe: DiffusionPipeline) -> set[Kind]:
