@@ -51,7 +51,7 @@ def without_weights(model: str, asked: Asked) -> "tuple[DiffusionPipeline, Run, 
     check_model(model)
     from dataclasses import replace
 
-    from diffusion_opt.cli.plan import configs_of
+    from diffusion_opt.models.zoo import configs_of
     from diffusion_opt.subjects import plan as plans
 
     pipe = plans.skeleton(configs_of(model))

@@ -2,6 +2,7 @@
 
     diffusion-opt plan black-forest-labs/FLUX.2-klein-4B --prompts "a cat" --height 1024 --width 1024 --steps 4
     diffusion-opt plan DIR --prompts "a cat" --dtype bfloat16
+    diffusion-opt plan flux2-dev --recipe fast.json --gpu h200       its configuration ships: no network, no folder
 
 Of a name of the hub only configs and tokenizers are fetched. A folder may hold no weights at all.
 """
@@ -9,7 +10,8 @@ Of a name of the hub only configs and tokenizers are fetched. A folder may hold 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from diffusion_opt.cli.options import ASKED, OPENING, Asked, Model, Opening, check_model
+from diffusion_opt.cli.options import ASKED, OPENING, Asked, MaybePath, MaybeText, Model, Opening, check_model
+from diffusion_opt.names import KNOWN
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -17,30 +19,49 @@ if TYPE_CHECKING:
     from diffusion_opt.subjects.plan import Plan
 
 
-def plan(model: Model, asked: Asked = ASKED, opening: Opening = OPENING) -> None:
+def plan(
+    model: Model,
+    asked: Asked = ASKED,
+    opening: Opening = OPENING,
+    recipe: MaybePath = None,
+    gpu: MaybeText = None,
+) -> None:
     """Say how many bytes the weights of each part take, what a pass and a generation cost, and what caches would keep.
 
     The pipeline's own call is made on tensors without content, and the passes of its networks are counted.
 
     Args:
-        model: shipped name, folder (weights are not needed) or hub name (only configs are fetched).
+        model: shipped name, folder (weights are not needed), hub name (only configs are fetched), or the name of a
+            model whose configuration ships: flux2-dev, flux2-klein-base, flux2-klein, ltx-2, wan2.1, wan2.2.
+        recipe: JSON file of techniques: what each does to weights, passes, arithmetic and what caches keep.
+        gpu: a100, rtx4090, h100, h200, b200 or rtx5090, for the time that its roofline allows.
     """
-    check_model(model)
-    asked.check(model)
+    is_known = model in KNOWN or model in KNOWN.values()
+    if not is_known:
+        check_model(model)
+        asked.check(model)
+    if recipe is not None and not recipe.is_file():
+        raise ValueError(f"--recipe {recipe} is not there")
     opening.plugins()
     import torch
 
+    from diffusion_opt.cli.advise import without_weights
     from diffusion_opt.models.opening import AUTO, as_dtype, stored_dtype
     from diffusion_opt.models.zoo import configs_of
+    from diffusion_opt.recipes import Recipe, outlook
     from diffusion_opt.subjects import plan as plans
 
-    folder = configs_of(model)
-    dtype = stored_dtype(folder) if opening.dtype == AUTO else as_dtype(opening.dtype)
+    hardware = None if gpu is None else outlook.gpu_named(gpu)
+    techniques = Recipe() if recipe is None else Recipe.load(recipe)
+    stored = torch.bfloat16 if is_known else stored_dtype(configs_of(model))
+    dtype = stored if opening.dtype == AUTO else as_dtype(opening.dtype)
     with torch.random.fork_rng(devices=[]):
-        pipe = plans.skeleton(folder)
-        run = asked.run(pipe)
+        pipe, run, _ = without_weights(model, asked)
         found = plans.plan(pipe, run, dtype)
-    for line in (*lines(found, run.batch_size), *kept(found, pipe)):
+    said = [*lines(found, run.batch_size), *kept(found, pipe)]
+    if recipe is not None or hardware is not None:
+        said += ["what the recipe does", *outlook.lines(outlook.outlook(found, pipe, techniques, hardware), hardware)]
+    for line in said:
         print(line)
 
 

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import math
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,8 @@ from diffusion_opt.subjects.contents import keeps, known_contents, without_conte
 from diffusion_opt.subjects.networks import denoisers
 from diffusion_opt.subjects.run import Run
 
+_ATTENTION = re.compile(r"attention|bmm")  # operators of scores and values: fused ones, and the two products apart
+
 
 @dataclass(frozen=True, slots=True)
 class PassPlan:
@@ -46,6 +49,7 @@ class PassPlan:
     shapes: dict[str, tuple[int, ...]]  # of the tensors it is given
     streams: dict[str, tuple[int, ...]]  # through its blocks: samples, tokens, width; none of an unknown class
     count: int = 1  # passes of this kind in a generation
+    attention_macs: int = 0  # of `macs`, those of scores and values
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +226,9 @@ def _pass(name: str, forward: Callable[..., Any], arguments: tuple, settings: di
     with torch.no_grad(), FlopCounterMode(display=False) as counter, alive, known_contents():
         output = forward(*arguments, **settings)
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    return PassPlan(name, counter.get_total_flops() // 2, alive.peak, shapes, {}), output
+    by_operator = counter.get_flop_counts().get("Global", {})
+    attention = sum(flops for operator, flops in by_operator.items() if _ATTENTION.search(str(operator))) // 2
+    return PassPlan(name, counter.get_total_flops() // 2, alive.peak, shapes, {}, attention_macs=attention), output
 
 
 class _Alive(TorchDispatchMode):

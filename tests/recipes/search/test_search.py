@@ -20,19 +20,21 @@ from diffusion_opt.recipes.search.trial import Bench
 from diffusion_opt.recipes.search.verdict import HELD_OUT, with_own_networks
 from diffusion_opt.subjects import Run
 
-SMALL = Budget(trials=6, samples=2, survivors=2, verdict_samples=4, rounds=1)
+SMALL = Budget(trials=4, samples=2, survivors=2, verdict_samples=4, rounds=1)
 RUN = Run(("bag", "coat"), batch_size=2)
 
 
-@pytest.fixture
-def found(pipe: TinyFlux2Pipeline, student_folder: Path, tmp_path: Path) -> Found:
-    objective = Objective(tolerance=2.0, students=(str(student_folder),))
-    return search(
-        pipe, objective, SMALL, run=RUN, folder=tmp_path, beside={"mine": Recipe((Solver(3),))}, progress=False
-    )
+@pytest.fixture(scope="module")
+def found(teacher_folder: Path, student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """One small search for all that is asked of its result."""
+    pipe = diffusion_opt.load(teacher_folder)
+    pipe.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp("search")
+    objective, mine = Objective(tolerance=2.0, students=(str(student_folder),)), {"mine": Recipe((Solver(3),))}
+    return search(pipe, objective, SMALL, run=RUN, folder=folder, beside=mine, progress=False)
 
 
-def test_what_is_found_is_measured_beside_the_teacher_and_my_own(found: Found, pipe: TinyFlux2Pipeline) -> None:
+def test_what_is_found_is_measured_beside_the_teacher_and_my_own(found: Found) -> None:
     names = [one.name for one in found.survivors]
     assert names[0] == "teacher" and names[-1] == "mine" and "found 1" in names
     teacher = found.survivors[0]
@@ -58,10 +60,15 @@ def test_the_pipeline_is_left_as_it_was(pipe: TinyFlux2Pipeline) -> None:
     assert torch.equal(RUN.generate(pipe, [0]), before)
 
 
-def test_an_interrupted_search_goes_on_as_if_it_had_not_been(pipe: TinyFlux2Pipeline, tmp_path: Path) -> None:
-    budget = replace(SMALL, trials=9)
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
+    pipe: TinyFlux2Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two points to begin with, two that the sampler proposes."""
+    starts = Space.starts
+    monkeypatch.setattr(Space, "starts", lambda self: starts(self)[:2])
+    budget = Budget(trials=4, samples=2, survivors=1, verdict_samples=2, rounds=1)
     whole = search(pipe, Objective(), budget, run=RUN, folder=tmp_path / "whole", progress=False)
-    search(pipe, Objective(), replace(budget, trials=4), run=RUN, folder=tmp_path / "parts", progress=False)
+    search(pipe, Objective(), replace(budget, trials=1), run=RUN, folder=tmp_path / "parts", progress=False)
     parts = search(pipe, Objective(), budget, run=RUN, folder=tmp_path / "parts", progress=False)
     assert [trial["point"] for trial in parts.trials] == [trial["point"] for trial in whole.trials]
 
