@@ -10,6 +10,7 @@ from diffusion_opt.evaluation.judges.portraits.likeness import (
     neighbors,
 )
 from diffusion_opt.evaluation.judges.portraits.reader import Reading, load_reader, look, read
+from diffusion_opt.evaluation.judges.portraits.settle import settled
 from diffusion_opt.evaluation.judges.portraits.variety import Variety, mean_variation, open_choices, variety
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "neighbors",
     "open_choices",
     "read",
+    "settled",
     "variety",
 ]

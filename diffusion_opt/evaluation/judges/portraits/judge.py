@@ -13,8 +13,9 @@
     portraits.autoencoder_distance  FD of real pictures after `autoencode`, the second floor: what no model before that
                                     autoencoder gets below
 
-`prompts` are texts; `portraits.parse` says what they name. Attributes are read by a small network (`reader.py`) whose
-own accuracy on unseen renders is `real` of the named numbers. Copies of training pictures: `likeness.copies`.
+`prompts` are texts; `portraits.parse` says what they name. Attributes are read by a small network (`reader.py`). Its
+own accuracy on unseen renders stands in the card of `data/features/portraits` and is the most that a named number can
+show; with `settle=True` exact renders decide where it is unsure. Copies of training pictures: `likeness.copies`.
 """
 
 from collections import defaultdict
@@ -34,6 +35,7 @@ from diffusion_opt.evaluation.judges.imagenet import reference_of
 from diffusion_opt.evaluation.judges.judge import RESAMPLES, Number, Prompts, as_frames, mean_interval
 from diffusion_opt.evaluation.judges.portraits.likeness import nearest_is_asked, own_distance
 from diffusion_opt.evaluation.judges.portraits.reader import check_pictures, look
+from diffusion_opt.evaluation.judges.portraits.settle import settled
 from diffusion_opt.evaluation.judges.portraits.variety import Named, mean_variation, variety
 from diffusion_opt.evaluation.judges.real import RealPictures
 
@@ -63,6 +65,7 @@ class PortraitsJudge:
 
     gallery: UInt8[Tensor, "m 3 128 128"] | None = None
     autoencode: Autoencode | None = None
+    settle: bool = False  # let exact renders decide where the reader is unsure (`settle.py`); slower
     resamples: int = RESAMPLES
     seed: int = 0
 
@@ -88,11 +91,17 @@ class PortraitsJudge:
         asked = named_by(prompts)
         frames = as_saved(as_frames(pictures).float())
         reading = look(frames)
-        seen = reading.portraits([named.get("style") for named in asked])
+        styles = [named.get("style") for named in asked]
+        seen = settled(frames, reading, styles) if self.settle else reading.portraits(styles)
         found = self._named(asked, seen, reading.styles) | self._open(asked, seen) | self._whole(frames, asked)
         return found | (self._distances(frames, real) if real is not None else {})
 
-    def _number(self, hits: Sequence[float], basis: str = BASIS, real: float | None = None) -> Number:
+    @property
+    def basis(self) -> str:
+        return f"{BASIS}, settled by renders" if self.settle else BASIS
+
+    def _number(self, hits: Sequence[float], basis: str | None = None, real: float | None = None) -> Number:
+        basis = basis or self.basis
         values = torch.tensor(hits, dtype=torch.float64)
         return Number(
             values.mean().item(), len(hits), basis, *mean_interval(values, self.seed, self.resamples), real=real
@@ -121,8 +130,8 @@ class PortraitsJudge:
         total = sum(group.pictures for group in groups)
         entropy = sum(group.entropy * group.pictures for group in groups) / total
         return {
-            "portraits.open_variation": Number(variation, len(asked), BASIS, real=floor),
-            "portraits.open_variety": Number(entropy, len(asked), BASIS),
+            "portraits.open_variation": Number(variation, len(asked), self.basis, real=floor),
+            "portraits.open_variety": Number(entropy, len(asked), self.basis),
         }
 
     def _whole(self, frames: Float[Tensor, "n 3 h w"], asked: list[dict[str, str]]) -> dict[str, Number]:

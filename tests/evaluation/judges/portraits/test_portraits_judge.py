@@ -15,6 +15,7 @@ from diffusion_opt.evaluation.judges.portraits import (
     nearest_is_asked,
     neighbors,
     open_choices,
+    settled,
     variety,
 )
 from diffusion_opt.evaluation.judges.portraits.degrade import PatchComponents, blur
@@ -30,6 +31,16 @@ def test_exact_renders_are_read_right(drawn):
     number = found["portraits.named_hair"]
     assert number.low <= number.value <= number.high and number.num == len(drawn.portraits)
     assert Number(**number.to_dict()) == number
+
+
+def test_renders_settle_what_the_reader_leaves_open(drawn):
+    """On exact renders the two likeliest values decide by their pictures: more is right, and never less."""
+    read = judged(["portraits"], drawn.pictures, drawn.partly, resamples=5)
+    found = PortraitsJudge(settle=True, resamples=5).measure(drawn.pictures, drawn.partly)
+    assert found["portraits.named"].value >= max(read["portraits.named"].value, 0.985)
+    assert found["portraits.named"].basis != read["portraits.named"].basis  # `ratio` refuses to compare the two
+    with pytest.raises(ValueError, match="the reading is of 60 pictures, got 2"):
+        settled(drawn.pictures[:2], look(drawn.pictures))
 
 
 def test_wrong_pictures_fall(drawn):
