@@ -18,8 +18,8 @@ def train(
     learning_rate: float = 1e-3,
     precision: Literal["float32", "bfloat16"] = "bfloat16",
     chunks: int = 8,
-    window: int = 6,
-    sink: int = 1,
+    window: MaybeInt = None,
+    sink: MaybeInt = None,
     dim: int = 256,
     layers: int = 4,
     patch: int = 1,
@@ -41,8 +41,8 @@ def train(
         learning_rate: its peak.
         precision: of matrix products; bfloat16 pays on GPUs and on CPUs with AMX.
         chunks: of a training clip, two frames each.
-        window: chunks that one sees, itself included, in training and in use.
-        sink: first chunks that all see.
+        window: chunks that one sees, itself included, in training and in use; default: 6, or that of start.
+        sink: first chunks that all see; default: 1, or that of start.
         dim: width of a new model.
         layers: of a new model.
         patch: latents per token and side: 1 is 64 tokens per chunk, 2 is 16.
@@ -65,8 +65,11 @@ def train(
     )  # fmt: skip
     out = out or RUNS / f"video-{stage}"
     writable(out)
-    model = ClipModel.build(dim, layers, window=window, sink=sink, patch=patch, seed=seed) if start is None else (
-        ClipModel.open(Path(start), window, sink))  # fmt: skip
+    if start is not None:
+        model = ClipModel.open(Path(start), window, sink)
+    else:
+        window, sink = 6 if window is None else window, 1 if sink is None else sink
+        model = ClipModel.build(dim, layers, window=window, sink=sink, patch=patch, seed=seed)
     with process_group(device) as among:
         _, result = make_clip_teacher(stage, model.to(device), config, out, chunks)
         if among.is_main:

@@ -16,11 +16,13 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from diffusion_opt.datasets import read_json, write_json
 from diffusion_opt.datasets.clips import ACTIONS, PICTURES, SCENES, clips
 from diffusion_opt.models.causal.codec import TubeAutoencoder
 from diffusion_opt.models.causal.layout import Layout
 from diffusion_opt.models.causal.wan import CausalWan
 
+MEMORY = "memory.json"  # window and sink of training
 SMALLEST_TIME = 0.05  # below it a velocity from a clean prediction would divide by nearly 0
 CODEC_SEED = 77
 
@@ -128,13 +130,20 @@ class ClipModel(nn.Module):
         """Write the parts below a folder, as safetensors and JSON."""
         for name in ("transformer", "words", "codec"):
             getattr(self, name).save_pretrained(folder / name, safe_serialization=True)
+        write_json(folder / MEMORY, {"window": self.window, "sink": self.sink})
 
     @classmethod
-    def open(cls, folder: Path, window: int = 6, sink: int = 1) -> "ClipModel":
-        """Read the parts. Raises FileNotFoundError if one is not there."""
+    def open(cls, folder: Path, window: int | None = None, sink: int | None = None) -> "ClipModel":
+        """Read the parts; window and sink are those it was trained with unless others are given.
+
+        Raises FileNotFoundError if one is not there."""
         kinds = {"transformer": WanTransformer3DModel, "words": ClipWords, "codec": TubeAutoencoder}
         for name in kinds:
             if not (folder / name / "config.json").is_file():
                 raise FileNotFoundError(f"{folder / name} is no part of a model of clips; save one with ClipModel.save")
         parts = {name: kind.from_pretrained(folder / name, use_safetensors=True) for name, kind in kinds.items()}
+        memory = read_json(folder / MEMORY, "save the model again with ClipModel.save")
+        window, sink = (
+            memory[name] if given is None else given for name, given in (("window", window), ("sink", sink))
+        )
         return cls(**parts, window=window, sink=sink)

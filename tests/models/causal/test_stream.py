@@ -124,7 +124,8 @@ def test_a_window_that_does_not_fit_is_refused(model):
 
 def test_a_model_is_saved_and_opened(model, tmp_path):
     model.save(tmp_path)
-    again = ClipModel.open(tmp_path, window=3, sink=1).eval()
+    again = ClipModel.open(tmp_path).eval()
+    assert (again.window, again.sink) == (3, 1) and ClipModel.open(tmp_path, window=2).window == 2
     made = []
     for each in (model, again):
         with diffusion_opt.stream(each, seed=1) as frames:
