@@ -124,7 +124,7 @@ def _cached(state: _State, technique: Technique, plan: Plan) -> _State:
         share = sum(mask) / len(mask) if mask else 1 / technique.every
         return replace(state, first=state.first * share, others=state.others * share, cache_bytes=kept)
     spared = plan.macs / plan.steps
-    return replace(state, cache_bytes=kept, note=f"each step it skips spares {spared / 1e12:,.2f} T; how many depends")
+    return replace(state, cache_bytes=kept, note=f"each step it skips spares {spared / 1e12:.3g} T; how many depends")
 
 
 def steps_of_student(model: str) -> int:

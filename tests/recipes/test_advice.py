@@ -92,6 +92,8 @@ def test_configurations_have_the_published_number_of_parameters(name: str, billi
     pipe = known.skeleton(name)
     assert round(sum(p.numel() for p in pipe.transformer.parameters()) / 1e9, 2) == billions
     assert known.find(KNOWN[name]).short == name
+    if name == "ltx-2":  # 768x512, 121 frames: 16 x 24 x 16 = 6,144 tokens
+        assert (pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio) == (32, 8)
 
 
 def test_unknown_names_are_answered() -> None:

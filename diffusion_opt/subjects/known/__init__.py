@@ -38,7 +38,7 @@ class Known:
     settings: dict[str, Any]  # of the pipeline
     parts: dict[str, tuple[str, dict[str, Any]]]  # part -> class and what differs from its defaults
     text_encoder_parameters: tuple[int, str]  # and the configuration that was counted
-    text: dict[str, int]  # tokens and width of the embeddings
+    text: dict[str, int]  # tokens and width of the embeddings, and the layers whose embeddings are stacked
     run: dict[str, Any]  # how it is usually called
 
 
