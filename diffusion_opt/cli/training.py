@@ -2,7 +2,7 @@
 
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -27,48 +27,111 @@ if TYPE_CHECKING:
 
 
 def train(
-    what: Annotated[Literal["teacher"], tyro.conf.Positional],
-    model: Literal["fashion", "fashion-micro"] = "fashion",
+    what: Annotated[Literal["teacher", "autoencoder"], tyro.conf.Positional],
+    model: Literal["fashion", "fashion-micro", "portraits"] = "fashion",
     minutes: MaybeFloat = None,
     steps: MaybeInt = None,
     seed: int = 0,
+    batch_size: MaybeInt = None,
+    learning_rate: MaybeFloat = None,
+    start: MaybeText = None,
+    autoencoder: MaybePath = None,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    clock: Literal["wall", "process"] = "wall",
     checkpoint_seconds: float = 60.0,
     out: MaybePath = None,
     threads: MaybeInt = None,
     device: Device = "auto",
 ) -> None:
-    """Train a teacher from scratch by flow matching; run it again to resume.
+    """Train a teacher by flow matching, or the decoder of an autoencoder; run it again to resume.
 
     Without a budget it uses the one that made the shipped model. A budget in steps is repeatable to the bit, one in
     minutes follows the clock. Ctrl-C saves and stops, with exit status 130.
 
     Args:
-        what: the teacher; students are made by `diffusion-opt distill`.
+        what: the teacher, or the decoder of its autoencoder, for models that are asked for in words; students are made
+            by `diffusion-opt distill`.
         model: size of the model.
         minutes: training time in all.
         steps: optimizer steps in all.
         seed: of weights, batches and noise.
+        batch_size: pictures a step; default: the model's own.
+        learning_rate: its peak; default: the model's own.
+        start: shipped name or folder of a pipeline to go on from, with a new optimizer; default: fresh weights.
+        autoencoder: FOLDER that `train autoencoder` left (runs/autoencoder-<model>/vae), whose decoder the teacher's
+            pipeline takes; default: that one, if it is there.
+        precision: of matrix products; auto: bfloat16 where the device has units for it (GPUs, CPUs with AMX) and the
+            model is asked for in words, float32 elsewhere.
+        clock: what minutes count: wall time, or CPU time of the process.
         checkpoint_seconds: time between two checkpoints; 0: after each step.
-        out: working folder; default runs/teacher-<model>.
+        out: working folder; default runs/<what>-<model>.
         threads: CPU threads of torch; default: torch's own choice.
         device: where to train; auto takes the GPU if there is one.
     """
     from dataclasses import replace
 
+    given = {"batch_size": batch_size, "learning_rate": learning_rate, "minutes": minutes, "steps": steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    if {"minutes", "steps"} & given.keys():
+        given = {"minutes": None, "steps": None} | given
+    given |= {"seed": seed, "checkpoint_seconds": checkpoint_seconds, "clock": clock}
+    if start is not None:
+        check_model(start)
     device = settle(device, threads)
-    from diffusion_opt.distillation.make import TEACHERS, make_teacher
+    out = out or RUNS / f"{what}-{model}"
+    writable(out)
+    from diffusion_opt.datasets import CAPTIONED
     from diffusion_opt.training import process_group
 
-    config = replace(TEACHERS[model], seed=seed, checkpoint_seconds=checkpoint_seconds)
-    if minutes is not None or steps is not None:
-        config = replace(config, minutes=minutes, steps=steps)
-    out = out or RUNS / f"teacher-{model}"
-    writable(out)
     with process_group(device) as among:
-        _, result = make_teacher(model, config, out, device)
+        if model in {one.name for one in CAPTIONED}:
+            decoder = autoencoder or RUNS / f"autoencoder-{model}" / "vae"
+            result = _train_captioned(
+                what, model, given, precision, out, start, decoder, autoencoder is not None, device
+            )
+        else:
+            from diffusion_opt.distillation.make import TEACHERS, make_teacher
+
+            if what != "teacher" or start is not None or autoencoder is not None:
+                raise ValueError(f"{model} has no autoencoder and starts from fresh weights: train its teacher")
+            config = replace(TEACHERS[model], precision="float32" if precision == "auto" else precision, **given)
+            _, result = make_teacher(model, config, out, device)
         if among.is_main:
-            _say(result, out)
+            _say(result, out, "vae" if what == "autoencoder" else "pipeline")
     _end(result.exit_status)
+
+
+def _train_captioned(
+    what: str,
+    model: str,
+    given: dict[str, Any],
+    precision: str,
+    out: Path,
+    start: str | None,
+    decoder: Path,
+    needs_decoder: bool,
+    device: str,
+) -> "TrainResult":
+    """Train one half of a model that is asked for in words."""
+    from dataclasses import replace
+
+    import torch
+
+    from diffusion_opt.distillation.text_to_image import begin, make_autoencoder, make_text_to_image_teacher
+    from diffusion_opt.quantization.faster.bfloat16 import fast_here
+
+    if needs_decoder and not (decoder / "config.json").is_file():
+        raise ValueError(f"--autoencoder {decoder} is no folder of an autoencoder: train it first")
+    begun = begin(model, RUNS / f"{model}-pictures", out / "start", start, given["seed"], device)
+    config = getattr(begun.world, what)
+    if precision == "auto":
+        precision = "bfloat16" if what == "teacher" and fast_here(torch.device(device)) else "float32"
+    config = replace(config, precision=precision, **given)
+    print(f"training in {precision}, {len(begun.data):,} pictures")
+    if what == "autoencoder":
+        return make_autoencoder(begun, config, out)[1]
+    decoder = decoder if (decoder / "config.json").is_file() else None
+    return make_text_to_image_teacher(begun, config, out, decoder)[1]
 
 
 def distill(
@@ -249,8 +312,8 @@ def _end(status: int) -> None:
         raise SystemExit(status)
 
 
-def _say(result: "TrainResult", out: Path) -> None:
+def _say(result: "TrainResult", out: Path, left: str = "pipeline") -> None:
     state = "finished" if result.finished else "stopped; run the same command to go on"
     if result.alarm is not None:
         state = f"ended by an alarm, {result.alarm},"
-    print(f"{state} after {result.step:,} steps and {result.seconds / 60:.1f} minutes; pipeline in {out / 'pipeline'}")
+    print(f"{state} after {result.step:,} steps and {result.seconds / 60:.1f} minutes; {left} in {out / left}")
