@@ -207,7 +207,7 @@ def make_text_to_image_teacher(
     pipe.text_encoder.model.load_state_dict(result.ema.text_encoder.state_dict())
     pipe.transformer.eval(), pipe.text_encoder.eval()
     if vae is not None:
-        take_decoder(pipe.vae, vae)
+        pipe.register_modules(vae=trained_autoencoder(vae, pipe.vae))
     if processes().is_main:
         pipe.save_pretrained(out / PIPELINE, safe_serialization=True)
     return pipe, result
@@ -218,7 +218,7 @@ def make_autoencoder(
 ) -> tuple[AutoencoderKLFlux2, TrainResult]:
     """Train the decoder (or resume), and save the autoencoder to `out/vae`."""
     vae = begun.pipe.vae
-    network = Decoder(vae).train().requires_grad_(True)
+    network = Decoder(vae).train().requires_grad_(True).to(memory_format=torch.channels_last)
     result = train(DecoderTraining(network, begun.data, begun.pca), config, out, progress)
     network.load_state_dict(result.ema.state_dict())
     if processes().is_main:
@@ -239,16 +239,27 @@ def attention_for(config: TrainConfig) -> Iterator[None]:
         yield
 
 
-def take_decoder(vae: AutoencoderKLFlux2, folder: Path) -> None:
-    """Copy a trained decoder. Raises ValueError if it was trained for other latents, or is of other sizes."""
-    trained = AutoencoderKLFlux2.from_pretrained(folder, use_safetensors=True)
-    mine, other = vae.state_dict(), trained.state_dict()
-    if {key: value.shape for key, value in mine.items()} != {key: value.shape for key, value in other.items()}:
-        raise ValueError(f"the autoencoder in {folder} is of other sizes: train it anew for this model")
-    for key, value in mine.items():
-        if key.startswith(("encoder.", "quant_conv.")) and not torch.allclose(value, other[key], atol=1e-3):
-            raise ValueError(f"the autoencoder in {folder} has other latents ({key} differs): train it for this model")
-    Decoder(vae).load_state_dict(Decoder(trained).state_dict())
+def trained_autoencoder(folder: Path, like: AutoencoderKLFlux2) -> AutoencoderKLFlux2:
+    """A trained autoencoder in place of this one; its decoder may be of another size.
+
+    Raises ValueError if its latents, or their statistics, are not those of this one.
+    """
+    trained = AutoencoderKLFlux2.from_pretrained(folder, use_safetensors=True).eval()
+    if trained.config.latent_channels != like.config.latent_channels:
+        raise ValueError(
+            f"the autoencoder in {folder} has {trained.config.latent_channels} channels, "
+            f"this model {like.config.latent_channels}: train it for this model"
+        )
+    mine, other = taken_from(like), taken_from(trained)
+    pairs = {
+        "directions": (mine.directions / mine.scale, other.directions / other.scale),
+        "mean": (like.bn.running_mean, trained.bn.running_mean),
+        "variance": (like.bn.running_var, trained.bn.running_var),
+    }
+    for name, (one, two) in pairs.items():
+        if not torch.allclose(one, two, atol=1e-3, rtol=1e-3):
+            raise ValueError(f"the autoencoder in {folder} has other latents ({name} differ): train it for this model")
+    return trained
 
 
 def check_kind(pipe: object, name: str) -> None:

@@ -116,8 +116,9 @@ def statistics(pca: PatchPCA, pictures: Integer[Tensor, "n 3 h w"]) -> tuple[Flo
 
 
 def encoder_widths(channels: int) -> tuple[int, int, int, int]:
-    """`block_out_channels` that the encoder of `put_into` needs: each latent twice at the end."""
-    return (4 * COLORS, 16 * COLORS, 2 * channels, 2 * channels)
+    """`block_out_channels` that `put_into` needs: 48 numbers of 4 x 4 pixels, then each latent twice."""
+    width = max(2 * channels, 16 * COLORS)
+    return (4 * COLORS, 16 * COLORS, width, width)
 
 
 @torch.no_grad()
@@ -162,7 +163,7 @@ def taken_from(vae: AutoencoderKLFlux2) -> PatchPCA:
     for row in range(2):
         for column in range(2):
             rows = _sources(row, column)
-            directions[rows] = conv.weight[0::2, : len(rows), row, column].T.float()
+            directions[rows] = conv.weight[0 : 2 * channels : 2, : len(rows), row, column].T.float()
     scale = 1 / directions.norm(dim=0).mean().item()
     directions = directions * scale
     offset = -vae.encoder.conv_out.bias[:channels].float() * scale
@@ -189,8 +190,8 @@ def _project(conv: nn.Conv2d, pca: PatchPCA) -> None:
         for column in range(2):
             rows = _sources(row, column)
             part = pca.directions[rows].T / pca.scale  # (k, 48)
-            conv.weight[0::2, : len(rows), row, column] = part
-            conv.weight[1::2, : len(rows), row, column] = -part
+            conv.weight[0 : 2 * pca.channels : 2, : len(rows), row, column] = part
+            conv.weight[1 : 2 * pca.channels : 2, : len(rows), row, column] = -part
 
 
 def _sources(row: int, column: int) -> list[int]:

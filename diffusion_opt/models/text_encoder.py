@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -55,8 +55,7 @@ class TextEncoderConfig:
 
 def build_tokenizer(prompts: Iterable[str], vocabulary: int = 1024) -> Qwen2TokenizerFast:
     """A tokenizer whose words are those of the prompts; the same prompts in the same order give the same one."""
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner = Qwen2TokenizerFast().backend_tokenizer  # it splits texts as the loaded tokenizer will
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, initial_alphabet=alphabet, special_tokens=[PAD, START, END], show_progress=False
