@@ -66,8 +66,7 @@ def data_dir() -> Path:
 
     Raises FileNotFoundError, with the remedy, if it does not exist.
     """
-    override = os.environ.get("DIFFUSION_OPT_DATA")
-    folder = Path(override) if override else Path(__file__).resolve().parents[1] / "data"
+    override, folder = os.environ.get("DIFFUSION_OPT_DATA"), _data_place()
     if folder.is_dir():
         return folder
     if override:
@@ -76,6 +75,16 @@ def data_dir() -> Path:
         "shipped models and data are not part of the installed package: they lie in the folder data/ of its "
         "repository. Set DIFFUSION_OPT_DATA to that folder of a clone"
     )
+
+
+def _data_place() -> Path:
+    override = os.environ.get("DIFFUSION_OPT_DATA")
+    return Path(override) if override else Path(__file__).resolve().parents[1] / "data"
+
+
+def is_shipped(folder: Path) -> bool:
+    """Whether this is the folder of a shipped model."""
+    return folder.name in SHIPPED and folder.resolve().parent == (_data_place() / "models").resolve()
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -7,7 +7,7 @@
 - **Type.** Without a `dtype` diffusers opens networks in single precision and transformers opens text encoders as
   stored, so a pipeline saved in bfloat16 comes back half of each. Here `"auto"` is one type for all parts, that in
   which the denoising network is stored: the bulk of the bytes in the headers of its safetensors files. Small
-  class-conditional models of this package are stored in half and computed in single precision, the fastest on a CPU.
+  class-conditional models and shipped ones are stored in half and computed in single precision, the fastest on a CPU.
   Modules that a class keeps in single precision (`_keep_in_fp32_modules`: norms and time embedders of Wan) stay so.
 - **Place.** Offloading moves a pipeline that does not fit onto a GPU part by part: `"model"` whole networks,
   `"sequential"` layer by layer and slow, `"group"` layer by layer and ahead of time on a stream of its own.
@@ -31,6 +31,7 @@ from diffusion_opt.datasets import CorruptFileError, read_json
 from diffusion_opt.datasets.writing import write_json
 from diffusion_opt.models.call_defaults import load_call_defaults
 from diffusion_opt.models.pipeline import TinyFlux2Pipeline
+from diffusion_opt.names import is_shipped
 
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,7 +63,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
     Raises ValueError if it is a type to store in and not one to compute in, such as float8.
     """
-    if _class_name(read_index(folder)) == TinyFlux2Pipeline.__name__:
+    if _class_name(read_index(folder)) == TinyFlux2Pipeline.__name__ or is_shipped(folder):
         return torch.float32
     found: Counter[str] = Counter()
     for part in DENOISERS:

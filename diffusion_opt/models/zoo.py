@@ -15,14 +15,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from diffusion_opt.datasets import verify, write_sums
 from diffusion_opt.datasets.writing import write_text
 from diffusion_opt.models.opening import AUTO, Dtype, as_dtype, open_folder, place
-from diffusion_opt.models.pipeline import TinyFlux2Pipeline
 from diffusion_opt.names import SHIPPED, check_name
 
 QUANTIZED = "quantization.json"  # in the folder of a pipeline with packed weights
@@ -107,11 +106,14 @@ def _downloaded(name: str) -> Path:
         diffusers_logging.set_verbosity(verbosity)
 
 
-def ship(pipe: TinyFlux2Pipeline, folder: Path, card: str) -> None:
-    """Save a pipeline as the repository ships it: half-precision safetensors, a card, and the list of checksums."""
+def ship(pipe: DiffusionPipeline, folder: Path, card: str) -> None:
+    """Save a pipeline as the repository ships it: half-precision safetensors, a card, and the list of checksums.
+
+    Text encoders of transformers stay as they are: that library opens them in the type they are stored in.
+    """
     half = copy.deepcopy(pipe)
     for part in half.components.values():
-        if isinstance(part, nn.Module):
+        if isinstance(part, ModelMixin):
             nn.Module.to(part, torch.float16)
     half.save_pretrained(folder, safe_serialization=True)
     forget_origin(folder)
