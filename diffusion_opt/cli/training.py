@@ -55,7 +55,7 @@ def train(
         minutes: training time in all.
         steps: optimizer steps in all.
         seed: of weights, batches and noise.
-        batch_size: pictures a step; default: the model's own.
+        batch_size: pictures per step; default: the model's own.
         learning_rate: its peak; default: the model's own.
         start: shipped name or folder of a pipeline to go on from, with a new optimizer; default: fresh weights.
         autoencoder: FOLDER that `train autoencoder` left (runs/autoencoder-<model>/vae), whose decoder the teacher's
