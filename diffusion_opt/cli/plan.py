@@ -59,6 +59,11 @@ def plan(
         pipe, run, _ = without_weights(model, asked)
         found = plans.plan(pipe, run, dtype)
     said = [*lines(found, run.batch_size), *kept(found, pipe)]
+    if is_known:
+        from diffusion_opt.subjects import known
+
+        number, counted = known.find(model).text_encoder_parameters
+        said.append(f"the text encoder comes on top, {_size(number * dtype.itemsize)}: {counted}")
     if recipe is not None or hardware is not None:
         said += ["what the recipe does", *outlook.lines(outlook.outlook(found, pipe, techniques, hardware), hardware)]
     for line in said:
