@@ -35,6 +35,7 @@ class FlowMatching:
     model: nn.Module
     data: Samples
     drop_condition: float = 0.1  # share of samples trained without their class
+    shift: float = 1.0  # of the times; above 1 trains nearer to noise (Esser et al. 2024, section 5.3.2)
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -48,7 +49,7 @@ class FlowMatching:
         device = generator.device
         x, condition = self.data.draw(batch_size, generator)
         condition = condition.drop(torch.rand(batch_size, generator=generator, device=device) < self.drop_condition)
-        t = logit_normal_times(batch_size, generator)
+        t = logit_normal_times(batch_size, generator, shift=self.shift)
         noise = randn(tuple(x.shape), generator)
         velocity = self.model(interpolate(x, noise, t), t, condition)
         return {"loss": (velocity - velocity_target(x, noise)).square().mean()}

@@ -167,7 +167,9 @@ class Begun:
 def begin(
     name: str, cache: Path, folder: Path, start: str | Path | None = None, seed: int = 0, device: str = "cpu"
 ) -> Begun:
-    """The pipeline as its training starts: fresh, or as another one is; kept in `folder` for when it is resumed.
+    """The pipeline as its training starts: fresh, or another one at this model's shift of times.
+
+    It is kept in `folder` for when the training is resumed.
 
     Pictures are drawn once and kept in `cache`. Raises ValueError for a start that is no pipeline of this kind.
     """
@@ -182,6 +184,7 @@ def begin(
         else:
             pipe = load(start, dtype="float32")
             check_kind(pipe, str(start))
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=world.config.shift)
         with processes().main_first():
             if processes().is_main:
                 pipe.save_pretrained(folder, safe_serialization=True)
@@ -202,7 +205,7 @@ def make_text_to_image_teacher(
     network = TextVelocity(pipe, call["text_encoder_out_layers"]).train().requires_grad_(True)
     samples = LatentPictures(begun.data, begun.pca, pipe.vae.bn, pipe.tokenizer, call["max_sequence_length"])
     with attention_for(config):
-        result = train(FlowMatching(network, samples), config, out, progress)
+        result = train(FlowMatching(network, samples, shift=pipe.scheduler.config.shift), config, out, progress)
     pipe.transformer.load_state_dict(result.ema.transformer.state_dict())
     pipe.text_encoder.model.load_state_dict(result.ema.text_encoder.state_dict())
     pipe.transformer.eval(), pipe.text_encoder.eval()

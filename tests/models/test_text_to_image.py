@@ -1,6 +1,7 @@
 """A whole small FLUX.2 in the stock class: saved, opened by anyone, and the same to the bit."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from small_pipelines import fill
 from torch import Tensor
 
+from diffusion_opt.flow import sampling_times
 from diffusion_opt.models import load
 from diffusion_opt.models.patch_latents import fit, pixels, statistics
 from diffusion_opt.models.text_encoder import TextEncoderConfig, build_tokenizer
@@ -69,7 +71,7 @@ def test_velocity_is_what_the_stock_loop_integrates(pipe: Flux2KleinPipeline) ->
     condition = prompt_condition(pipe.tokenizer, PROMPTS, SMALL.text.max_tokens)
     x = torch.randn(3, 16, 2, 2, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        for t, r in ((1.0, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0.0)):
+        for t, r in pairwise(sampling_times(3, SMALL.shift).tolist()):
             times = torch.full((3,), t)
             plain, conditioned = network(x, times, condition.drop()), network(x, times, condition)
             x = x + (r - t) * (plain + SMALL.guidance * (conditioned - plain))
