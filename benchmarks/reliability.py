@@ -44,7 +44,7 @@ def caches(settings: Settings) -> list[Outcome]:
 
     kinds = ("flux2-klein", "sd3", "wan", "ltx", "ltx2-cfg", "flux2-dev")
     subjects = {kind: states.Subject(partial(tiny_pipeline, kind), tiny_run(kind)) for kind in kinds}
-    return states.drill(subjects, settings.states)
+    return states.drill(subjects, settings.states, compiled=True)
 
 
 SECTIONS: dict[str, Callable[[Settings], list[Outcome]]] = {

@@ -19,7 +19,9 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,9 +29,11 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from diffusion_opt.caching.calibration.step_calibration import calibrate_step_cache
 from diffusion_opt.caching.guidance_cache import GuidanceCache
-from diffusion_opt.caching.region import ChunkRegionCache, GenerationRegionCache
-from diffusion_opt.caching.rules import EasyCache, FirstBlockCache, FixedInterval, FixedSchedule, TeaCache
+from diffusion_opt.caching.region import ChunkRegionCache, GenerationRegionCache, StreamingRegionCache
+from diffusion_opt.caching.rules import EasyCache, FirstBlockCache, FixedInterval, FixedSchedule, StepTable, TeaCache
+from diffusion_opt.caching.schedules.compiled import CompiledSchedule
 from diffusion_opt.evaluation.drill import Outcome
 from diffusion_opt.subjects import Run
 
@@ -44,7 +48,9 @@ TECHNIQUES: tuple[Any, ...] = (
     GuidanceCache(1, interval=(0.3, 0.8)),
     ChunkRegionCache(0.3),
     GenerationRegionCache(0.5, refresh_every=2),
+    StreamingRegionCache(0.0, probe=0.0),  # another noise changes all tokens, so nothing of the frame before is reused
 )
+COMPILED = (CompiledSchedule((True, False, True, False), backend="eager"),)  # traced, and run by torch as it stands
 
 
 class _StopError(Exception):
@@ -164,6 +170,19 @@ def _alike(one: Tensor | str, other: Tensor | str) -> bool:
     return torch.equal(one, other)
 
 
+def calibrated(subject: Subject, folder: Path) -> tuple[Any, ...]:
+    """Techniques calibrated on this pipeline, by a file in `folder`; both refuse a pipeline of other weights or times.
+
+    None where the pipeline has no step cache.
+    """
+    found = _attempt(lambda: calibrate_step_cache(subject.make(), replace(subject.run, num_inference_steps=STEPS)))
+    if isinstance(found, str):
+        return ()
+    path = folder / "calibration.json"
+    found.save(path)
+    return TeaCache(5.0, "reuse", curve=str(path)), StepTable(5.0, str(path), "reuse")
+
+
 def one_try(subject: Subject, technique: Any, disturbance: str) -> str:
     """What comes of one disturbance: held, refused, or a text that says what went wrong."""
     pipe, alone = subject.make(), subject.make()
@@ -176,8 +195,8 @@ def one_try(subject: Subject, technique: Any, disturbance: str) -> str:
         LASTING[disturbance](pipe)
         LASTING[disturbance](alone)
     dense = subject.sample(alone, 1)
-    technique.apply(alone)
-    found, expected = _attempt(lambda: subject.sample(pipe, 1)), _attempt(lambda: subject.sample(alone, 1))
+    found = _attempt(lambda: subject.sample(pipe, 1))
+    expected = _attempt(lambda: subject.sample(technique.apply(alone), 1))  # a calibration may refuse to be put on
     if not _alike(found, expected):
         return f"{technique.describe()}: {disturbance} changed what came after it"
     technique.remove(pipe)
@@ -190,22 +209,22 @@ def _serves(technique: Any, pipe: DiffusionPipeline) -> bool:
     return _attempt(lambda: technique.apply(pipe)) is pipe
 
 
-def drill(subjects: Mapping[str, Subject], tries: int, seed: int = 0) -> list[Outcome]:
+def drill(subjects: Mapping[str, Subject], tries: int, seed: int = 0, compiled: bool = False) -> list[Outcome]:
     """`tries` disturbances drawn at random over pipelines, techniques and kinds, a row for each kind of disturbance.
 
-    Each kind comes equally often, and techniques are drawn from those that serve the pipeline.
+    Each kind comes equally often, and techniques are drawn from those that serve the pipeline, calibrated ones among
+    them, and `compiled` ones if asked for: each trace takes seconds.
     """
     draw = random.Random(seed)
     kinds = (*PASSING, *LASTING)
     ends: dict[str, list[str]] = {kind: [] for kind in kinds}
-    serving = [
-        (name, technique)
-        for name, subject in sorted(subjects.items())
-        for technique in TECHNIQUES
-        if _serves(technique, subject.make())
-    ]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", UserWarning)  # runs of few steps in which a cache skips nothing say so
+        serving = []
+        for name, subject in sorted(subjects.items()):
+            (place := Path(folder) / name).mkdir()
+            offered = TECHNIQUES + calibrated(subject, place) + (COMPILED if compiled else ())
+            serving += [(name, technique) for technique in offered if _serves(technique, subject.make())]
         for number in range(tries):
             kind = kinds[number % len(kinds)]
             name, technique = draw.choice(serving)

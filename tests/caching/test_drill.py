@@ -7,7 +7,7 @@ import torch
 from tiny_pipelines import tiny_pipeline, tiny_run
 
 from diffusion_opt.caching import FixedInterval
-from diffusion_opt.caching.drill import LASTING, PASSING, Subject, drill, one_try
+from diffusion_opt.caching.drill import COMPILED, LASTING, PASSING, TECHNIQUES, Subject, calibrated, drill, one_try
 
 KINDS = ("flux2-klein", "sd3", "wan", "ltx", "ltx2-cfg")
 
@@ -32,6 +32,20 @@ def test_a_cache_that_remembers_is_found_out():
 
     end = one_try(subject("flux2-klein"), Forgetful(2, "reuse"), "another size")
     assert "its removal did not bring the pipeline back" in end
+
+
+@pytest.mark.parametrize("disturbance", ["other steps", "weights written to"])
+def test_calibrated_caches_and_streams_are_disturbed_too(tmp_path, disturbance):
+    klein = subject("flux2-klein")
+    curve, table = calibrated(klein, tmp_path)
+    ends = [one_try(klein, one, disturbance) for one in (curve, table, TECHNIQUES[-1])]
+    assert ends == (["held"] * 3 if disturbance in PASSING else ["refused", "refused", "held"])
+
+
+@pytest.mark.compiled
+def test_a_compiled_schedule_is_disturbed_too():
+    for disturbance in ("an error in a callback", "weights written to"):
+        assert one_try(subject("flux2-klein"), COMPILED[0], disturbance) == "held"
 
 
 @pytest.mark.slow
