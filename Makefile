@@ -62,7 +62,7 @@ interpreted: install ## Triton kernels without a GPU, in Triton's interpreter
 
 lessons: install  ## run each notebook in fast mode
 	@echo "== lessons: notebooks in fast mode"
-	@$(OFFLINE) DIFFUSION_OPT_FAST=1 $(BIN)/python -m pytest -q --nbmake --nbmake-timeout=120 --timeout=600 notebooks
+	@$(OFFLINE) DIFFUSION_OPT_FAST=1 $(BIN)/python -m pytest -q --nbmake --nbmake-timeout=300 --timeout=600 notebooks
 
 notebooks: install ## run each notebook in full and store its cleaned outputs
 	@$(OFFLINE) $(BIN)/python tools/notebooks.py $(ARGS)

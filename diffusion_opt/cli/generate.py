@@ -12,6 +12,7 @@ import time
 import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +49,10 @@ def generate(
     asked.check(model)
     if samples is not None and samples < 1:
         raise ValueError(f"--samples must be at least 1, got {samples}")
+    if fps <= 0:
+        raise ValueError(f"--fps must be above 0, got {fps:g}")
+    if clip == "mp4":
+        _check_mp4()
     if recipe is not None and not recipe.is_file():
         raise ValueError(f"--recipe {recipe} is not there")
     writable(out)
@@ -118,13 +123,12 @@ def _pictures(clip: Any) -> "list[Image]":
     return [Image.fromarray((frame * 255).round().clip(0, 255).astype("uint8")) for frame in clip]
 
 
+def _check_mp4() -> None:
+    if find_spec("imageio_ffmpeg") is None:  # what diffusers writes the file with
+        raise ValueError("--clip mp4 needs imageio-ffmpeg (pip install imageio imageio-ffmpeg): take webp or gif")
+
+
 def _mp4(frames: "list[Image]", path: Path, fps: float) -> None:
-    try:
-        import imageio_ffmpeg  # noqa: F401 - what diffusers writes the file with
-    except ImportError:
-        raise ValueError(
-            "--clip mp4 needs imageio-ffmpeg (pip install imageio imageio-ffmpeg): take webp or gif"
-        ) from None
     from diffusers.utils import export_to_video
 
     export_to_video(frames, str(path), fps=round(fps))

@@ -20,9 +20,9 @@ def train(
     chunks: int = 8,
     window: MaybeInt = None,
     sink: MaybeInt = None,
-    dim: int = 256,
-    layers: int = 4,
-    patch: int = 1,
+    dim: MaybeInt = None,
+    layers: MaybeInt = None,
+    patch: MaybeInt = None,
     seed: int = 0,
     checkpoint_seconds: float = 120.0,
     out: MaybePath = None,
@@ -43,9 +43,9 @@ def train(
         chunks: of a training clip, two frames each.
         window: chunks that one sees, itself included, in training and in use; default: 6, or that of start.
         sink: first chunks that all see; default: 1, or that of start.
-        dim: width of a new model.
-        layers: of a new model.
-        patch: latents per token and side: 1 is 64 tokens per chunk, 2 is 16.
+        dim: width of a new model; default: 256.
+        layers: of a new model; default: 4.
+        patch: latents per token and side of a new model: 1 is 64 tokens per chunk, 2 is 16; default: 1.
         seed: of weights, clips and noise.
         checkpoint_seconds: time between two checkpoints.
         out: working folder; default runs/video-STAGE.
@@ -55,6 +55,10 @@ def train(
     device = settle(device, threads)
     if minutes is None and steps is None:
         raise ValueError("give a budget: --minutes or --steps")
+    if stage == "autoregressive" and start is None:
+        raise ValueError("the autoregressive stage goes on from a teacher: --start runs/video-teacher/model")
+    if start is not None and (dim, layers, patch) != (None, None, None):
+        raise ValueError("--dim, --layers and --patch are of a new model; with --start they are those of its folder")
     from diffusion_opt.distillation.clip_teachers import MODEL, make_clip_teacher
     from diffusion_opt.models.causal import ClipModel
     from diffusion_opt.training import TrainConfig, process_group
@@ -69,7 +73,9 @@ def train(
         model = ClipModel.open(Path(start), window, sink)
     else:
         window, sink = 6 if window is None else window, 1 if sink is None else sink
-        model = ClipModel.build(dim, layers, window=window, sink=sink, patch=patch, seed=seed)
+        size = {"dim": dim, "layers": layers, "patch": patch}
+        given = {name: number for name, number in size.items() if number is not None}
+        model = ClipModel.build(**given, window=window, sink=sink, seed=seed)
     with process_group(device) as among:
         _, result = make_clip_teacher(stage, model.to(device), config, out, chunks)
         if among.is_main:

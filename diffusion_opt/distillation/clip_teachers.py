@@ -10,7 +10,7 @@ time, and the model is told so by the context's own time: generated context is n
 met a little noise there does not take it for the scene (GameNGen, arXiv 2408.14837). Clips never repeat.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -39,12 +39,15 @@ class ClipTeaching:
     unsaid: float = 0.1  # share of clips without scene and picture
     shift: float = 2.0  # of times towards noise
     smallest: float = 0.4  # time below which the weight no longer grows
+    window: int = field(init=False)  # of the model; a resumed run must have the same
+    sink: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
         if self.num_chunks < 2:
             raise ValueError(f"clips need 2 chunks or more, got {self.num_chunks}")
+        self.window, self.sink = self.model.window, self.model.sink
 
     @property
     def roles(self) -> dict[str, Role]:

@@ -205,6 +205,8 @@ def _step_cache(pipe: DiffusionPipeline, facts: Facts, typed: Typed) -> Item:
         typed("cache search", "--out runs/cache"),
         typed("cache compare", "--out runs/cache"),
     )
+    if len(denoisers(pipe)) > 1:
+        why, commands = "skips steps that hardly change, in each network by itself; calibration serves one network", ()
     return _tried("a step cache", pipe, TeaCache(0.2), useless, (why, commands))
 
 

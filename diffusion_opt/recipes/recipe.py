@@ -198,6 +198,9 @@ class Recipe:
         """The inverse of `to_dict`. Raises ValueError naming the unknown technique or field, and the nearest."""
         if not isinstance(data, dict) or not isinstance(data.get("techniques"), list):
             raise ValueError('a recipe is {"techniques": [{"technique": name, setting: value, …}, …]}')
+        for entry in data["techniques"]:
+            if not isinstance(entry, dict) or not isinstance(entry.get("technique"), str):
+                raise ValueError(f'an entry of a recipe is {{"technique": name, setting: value, …}}, got {entry!r}')
         return cls(tuple(_technique(dict(entry)) for entry in data["techniques"]))
 
     def save(self, path: str | Path) -> None:
@@ -237,7 +240,11 @@ def _technique(settings: dict[str, Any]) -> Technique:
         raise ValueError(f"technique {name!r} has no setting {unknown[0]!r}{hint}; it has {', '.join(known) or 'none'}")
     if isinstance(settings.get("run"), dict):
         settings["run"] = Run(**settings["run"])
-    return technique(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    try:
+        return technique(**given)
+    except TypeError as error:  # a setting of another kind, or one that is left out
+        raise ValueError(f"technique {name!r} of the recipe: {error}") from error
 
 
 def kind_of(technique: Technique) -> Kind:

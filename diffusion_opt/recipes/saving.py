@@ -41,6 +41,7 @@ from diffusion_opt.models.zoo import QUANTIZED, RECIPE, forget_origin, locate, o
 from diffusion_opt.quantization import Bfloat16, LowPrecisionAttention
 from diffusion_opt.quantization.attention.low_precision import attention_of
 from diffusion_opt.quantization.faster import bfloat16
+from diffusion_opt.quantization.guards import refuse_adapters
 from diffusion_opt.quantization.packed import storage
 from diffusion_opt.quantization.packed.network import main_type, packed_layers
 from diffusion_opt.quantization.simulation.simulate import simulated_formats
@@ -132,6 +133,7 @@ def _on(pipe: DiffusionPipeline, folder: Path) -> list[Technique]:
     for name, network in denoisers(pipe).items():
         if simulated_formats(network):
             raise ValueError(f"{name} is quantized in simulation: call pack(pipe) and save it then")
+        refuse_adapters(network, "save it")
     known, found = applied(pipe), _found(pipe)
     if _is_packed(pipe):
         found.discard(ATTENDED)  # `quantization.json` says it

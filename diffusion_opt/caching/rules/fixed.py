@@ -77,8 +77,10 @@ class FixedInterval(StepCacheTechnique):
 
     def __post_init__(self) -> None:
         check_predictor(self.predictor)
-        if self.every < 1:
-            raise ValueError(f"every must be 1 (compute all steps) or more, 3 for a start, got {self.every}")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(
+                f"every must be an integer: 1 (compute all steps) or more, 3 for a start, got {self.every!r}"
+            )
 
     def rule(self, pipe: DiffusionPipeline) -> IntervalRule:
         return IntervalRule(self.every)

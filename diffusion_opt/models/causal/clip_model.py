@@ -88,7 +88,16 @@ class ClipModel(nn.Module):
         cls, dim: int = 256, layers: int = 4, heads: int = 4, channels: int = 96, window: int = 6, sink: int = 1,
         patch: int = 1, seed: int = 0, codec_clips: int = 96,
     ) -> "ClipModel":  # fmt: skip
-        """A new model whose blocks begin as identities, with a codec fitted to training clips."""
+        """A new model whose blocks begin as identities, with a codec fitted to training clips.
+
+        Raises ValueError for a width that is no multiple of twice the heads, and no layers.
+        """
+        if dim < 1 or dim % (2 * heads):
+            raise ValueError(
+                f"dim must be a multiple of {2 * heads}, which {heads} heads of even width need, got {dim}"
+            )
+        if layers < 1 or patch < 1:
+            raise ValueError(f"layers and patch must be 1 or more, got {layers} and {patch}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformer = WanTransformer3DModel(

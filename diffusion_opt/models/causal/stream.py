@@ -33,10 +33,14 @@ class Stream:
         self, model: ClipModel, picture: str, scene: str, steps: int, precision: Precision, seed: int, fused: bool
     ) -> None:
         numbers = number_of(picture, PICTURES, "picture"), number_of(scene, SCENES, "scene")
-        if steps < 1:
-            raise ValueError(f"steps must be 1 or more, got {steps}")
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be an integer, 1 or more, got {steps!r}")
+        if not isinstance(model, ClipModel):
+            raise ValueError(f"a stream needs a ClipModel, got {model!r}: open a folder with ClipModel.open")
         if model.stream_under_way is not None:
-            raise ValueError("a stream of this model is under way: stop it, or open the model a second time")
+            raise ValueError(
+                "a stream of this model is under way: call model.stream_under_way.stop(), or open the model once more"
+            )
         self.model, self.steps, self.fused = model, steps, fused
         self.cache = model.causal.new_cache(precision)
         self.generator = torch.Generator().manual_seed(seed)
@@ -51,7 +55,11 @@ class Stream:
         model.stream_under_way = self
 
     def press(self, action: str) -> None:
-        """Steer: the last action pressed before a chunk is made is that of the chunk."""
+        """Steer: the last action pressed before a chunk is made is that of the chunk.
+
+        Raises ValueError for another word than an action, and after `stop`.
+        """
+        self._check_running()
         self.action, self._pressed_at = number_of(action, ACTIONS, "action"), time.perf_counter()
 
     @property
@@ -59,10 +67,21 @@ class Stream:
         """Frames made, over the time it took to make them; NaN before the first."""
         return self.num_frames / self._busy_s if self._busy_s else float("nan")
 
+    def _check_running(self) -> None:
+        if self.stopped:
+            raise ValueError("this stream was stopped; begin another one")
+
+    @torch.no_grad()
     def start_from(self, frames: Float[Tensor, "f 3 h w"]) -> None:
         """Go on from real frames, an even number. Raises ValueError for other sizes, and once frames were made."""
         if self._latents is not None:
             raise ValueError("this stream has begun: real frames come before the first generated one")
+        self._check_running()
+        if frames.shape[1:] != (3, SIZE, SIZE) or len(frames) < CHUNK or len(frames) % CHUNK:
+            raise ValueError(
+                f"frames must be (a multiple of {CHUNK}, 3, {SIZE}, {SIZE}), got {tuple(frames.shape)}: a chunk is "
+                f"{CHUNK} frames"
+            )
         tube = self.model.codec.encode(frames[None])
         for k in range(tube.shape[1]):
             self._keep_last()
@@ -74,8 +93,7 @@ class Stream:
     @torch.no_grad()
     def __next__(self) -> Float[Tensor, "3 h w"]:
         """The next frame. Raises ValueError after `stop`."""
-        if self.stopped:
-            raise ValueError("this stream was stopped; begin another one")
+        self._check_running()
         if not self._frames:
             begun = time.perf_counter()
             pressed, self._pressed_at = self._pressed_at, None
