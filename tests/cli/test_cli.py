@@ -133,6 +133,9 @@ def test_heavy_libraries_are_not_imported_for_a_mistake(arguments: tuple[str, ..
         (("demo", "--device", "cuda"), "no NVIDIA GPU"),
         (("train", "teacher", "--minutes", "-1"), "minutes must be positive, got -1"),
         (("distill", "--steps", "1", "--teacher", "nobody"), "unknown model 'nobody'"),
+        (("generate", "fashion", "--fps", "0"), "--fps must be above 0, got 0"),
+        (("video", "train", "autoregressive", "--steps", "1"), "goes on from a teacher: --start"),
+        (("video", "train", "teacher", "--steps", "1", "--start", "x", "--dim", "8"), "are of a new model"),
     ],
 )
 def test_bad_values_end_in_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

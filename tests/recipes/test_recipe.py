@@ -186,6 +186,7 @@ def test_a_compiled_schedule_alone_refuses_layers_that_cannot_be_captured(pipe, 
     CompiledSchedule((True, False, True)).apply(pipe)
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -194,6 +195,11 @@ def test_a_compiled_schedule_alone_refuses_layers_that_cannot_be_captured(pipe, 
         ({"technique": "solver", "steps": 4, "order": 3}, "'solver' has no setting 'order'"),
         ({"technique": "solver", "step": 4}, r"no setting 'step' \(did you mean steps\?\); it has steps, name"),
         ({"technique": "solver", "steps": 0}, "steps must be at least 1, got 0"),
+        ({"technique": "fixed_interval", "every": 1.5}, "every must be an integer: 1 .* got 1.5"),
+        ({"technique": "fixed_interval", "every": "2"}, "every must be an integer: 1 .* got '2'"),
+        ({"technique": "fixed_interval"}, "technique 'fixed_interval' of the recipe: .*every"),
+        ({"technique": ["fixed_interval"]}, "an entry of a recipe is"),
+        ("fixed_interval", "an entry of a recipe is"),
     ],
 )
 def test_a_bad_entry_is_named(entry: dict, message: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from tiny_pipelines import tiny_pipeline, tiny_run
 
 import diffusion_opt
@@ -146,6 +147,14 @@ def test_what_no_recipe_put_on_is_refused(pipe: TinyFlux2Pipeline, tmp_path: Pat
     TeaCache(0.5).remove(pipe)  # by itself: the folder does not say it
     save(pipe, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "recipe.json").read_text())["techniques"] == []
+
+
+def test_adapters_are_no_part_of_a_folder(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("flux2-klein")
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="is a LoRA layer"):
+        save(pipe, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_the_other_doors_say_who_opens_it(pipe: TinyFlux2Pipeline, tmp_path: Path, teacher_folder: Path) -> None:

@@ -97,11 +97,14 @@ def test_eight_bit_memory_hardly_changes_the_frames(model, precision):
     assert 0 < error < 0.01 * made[0].var()
 
 
+@pytest.mark.wrong_shapes
 def test_bad_input_is_refused_and_nothing_is_left_half_done(model, real):
     with pytest.raises(ValueError, match="picture must be one of"):
         diffusion_opt.stream(model, "dog")
     with pytest.raises(ValueError, match="steps must be an integer"):
         diffusion_opt.stream(model, steps=0)
+    with pytest.raises(ValueError, match="needs a ClipModel, got 'folder'"):
+        diffusion_opt.stream("folder")
     assert model.stream_under_way is None
     with diffusion_opt.stream(model) as frames:
         with pytest.raises(ValueError, match="is under way"):
@@ -111,8 +114,11 @@ def test_bad_input_is_refused_and_nothing_is_left_half_done(model, real):
         next(frames)
         with pytest.raises(ValueError, match="has begun"):
             frames.start_from(real.frames[0, :2])
-    with pytest.raises(ValueError, match="was stopped"):
-        next(frames)
+    for late in (lambda: next(frames), lambda: frames.press("up")):
+        with pytest.raises(ValueError, match="was stopped"):
+            late()
+    with diffusion_opt.stream(model) as other, pytest.raises(ValueError, match="frames must be"):
+        other.start_from(torch.zeros(4, 3, 32, 32))
     with diffusion_opt.stream(model) as again:
         next(again)
 
