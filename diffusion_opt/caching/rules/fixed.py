@@ -79,7 +79,7 @@ class FixedInterval(StepCacheTechnique):
         check_predictor(self.predictor)
         if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(
-                f"every must be an integer: 1 (compute all steps) or more, 3 for a start, got {self.every!r}"
+                f"every must be 1 (compute all steps) or a larger integer, 3 for a start, got {self.every!r}"
             )
 
     def rule(self, pipe: DiffusionPipeline) -> IntervalRule:
