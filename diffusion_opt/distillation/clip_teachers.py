@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion_opt.datasets.clips import CHUNK, clips
-from diffusion_opt.flow import randn
+from diffusion_opt.flow import randn, shift_times
 from diffusion_opt.models.causal import ClipModel, Layout
 from diffusion_opt.training import Role, TrainConfig, TrainResult, processes, train
 
@@ -73,7 +73,7 @@ class ClipTeaching:
         start = (uniform(batch_size, 1) >= self.unknown).float()
         each = self.stage == "autoregressive"
         t = torch.sigmoid(randn((batch_size, self.num_chunks if each else 1), generator))
-        t = (self.shift * t / (1 + (self.shift - 1) * t)).expand(-1, self.num_chunks)
+        t = shift_times(t, self.shift).expand(-1, self.num_chunks)
         noise = randn(tuple(x.shape), generator)
         x_t = torch.lerp(x, noise, t[..., None, None, None, None])
         later = torch.ones(batch_size, self.num_chunks - 1, device=device)
